@@ -1,0 +1,57 @@
+"""How an operation is registered with PyTorch, and how it picks an implementation."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "fused", "reference"]
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
+
+
+def register(schema: str, launch: Callable, fake: Callable):
+    """Register ``launch`` as ``torch.ops.rsfast.<name>`` and return the overload to call."""
+    name, _, signature = schema.partition("(")
+    torch.library.define(f"rsfast::{name}", f"({signature}")
+    torch.library.impl(f"rsfast::{name}", ("cpu", "cuda") if INTERPRET else "cuda", launch)
+    torch.library.register_fake(f"rsfast::{name}", fake)
+    return getattr(torch.ops.rsfast, name).default
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def why_not_triton(tensor: Tensor) -> list[str]:
+    """Reasons Triton cannot run on this tensor's device."""
+    if not _has_triton():
+        return ["Triton is not installed"]
+    if not (tensor.is_cuda or INTERPRET):
+        return [f"the input is on {tensor.device}, not on a GPU"]
+    return []
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, 90 for sm_90. Interpreted kernels take the Hopper plan."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def use_fused(impl: Impl, why_not: list[str]) -> bool:
+    """``auto`` may fall back, and never interprets; ``fused`` does what it says or raises."""
+    if impl not in ("auto", "fused", "reference"):
+        raise ValueError(f"impl must be 'auto', 'fused' or 'reference', got {impl!r}")
+    if impl == "fused" and why_not:
+        raise NotImplementedError("the fused kernel cannot run:\n  - " + "\n  - ".join(why_not))
+    return not why_not and (impl == "fused" or (impl == "auto" and not INTERPRET))
