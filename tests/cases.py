@@ -84,7 +84,7 @@ def _weights(width, r):
 def some_lengths(x):
     """Nothing, one token, all, more than there are, some; and around again."""
     b, tokens, _ = x.shape
-    return torch.tensor([0, 1, tokens, tokens + 3, max(tokens // 2, 1)] * b, device=x.device)[:b]
+    return torch.tensor([0, 1, tokens, tokens + 3, max(tokens // 2, 1)]).repeat(b)[:b].to(x.device)
 
 
 def _adapter(

@@ -109,7 +109,7 @@ def test_compiles_whole(case, device):
 
 
 LAYOUTS = {
-    "transposed": lambda t: t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim))),
+    "transposed": lambda t: t.permute([*range(t.ndim)][::-1]).contiguous().permute([*range(t.ndim)][::-1]),
     "every_other": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
 }
 
