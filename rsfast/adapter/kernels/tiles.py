@@ -15,12 +15,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """x rounded to the nearest value of ``dtype``."""
-    if INTERPRET:  # where bf16 is reached by cutting bits off
-        if dtype == tl.bfloat16:
-            if x.dtype == tl.float32:
-                bits = x.to(tl.uint32, bitcast=True)
-                bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-                x = bits.to(tl.float32, bitcast=True)
+    if INTERPRET and dtype == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter cuts the bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
@@ -41,7 +39,7 @@ def dot(a, b, acc):
 def load(ptr, rows, cols, stride, row_end, col_end):
     """ptr[rows, cols], zero outside."""
     mask = (rows[:, None] < row_end) & (cols[None, :] < col_end)
-    return tl.load(ptr + rows[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -49,7 +47,7 @@ def store(ptr, value, rows, cols, stride, valid, row_end, col_end):
     """ptr[rows, cols] = value, and zero in the rows from ``valid`` up to ``row_end``."""
     mask = (rows[:, None] < row_end) & (cols[None, :] < col_end)
     value = tl.where(rows[:, None] < valid, value, 0.0)
-    out = ptr + rows[:, None].to(tl.int64) * stride + cols[None, :]
+    out = ptr + rows[:, None] * stride + cols[None, :]
     tl.store(out, cast(value, ptr.dtype.element_ty), mask=mask)
 
 
