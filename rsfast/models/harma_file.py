@@ -28,9 +28,19 @@ def read_harma_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], str | N
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
+            if not zipfile.is_zipfile(path):
+                raise
             without, trained_on = _cut_config(path)
             checkpoint = torch.load(without, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"{path} is not a checkpoint that can be read with weights_only=True: {error}") from None
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("config"), dict):
         trained_on = checkpoint["config"].get("model")
@@ -55,10 +65,19 @@ def _cut_config(path) -> tuple[io.BytesIO, str | None]:
 
 
 def _cut(program: bytes) -> tuple[bytes, str | None]:
-    steps = [step for step in pickletools.genops(program) if "PUT" not in step[0].name]
-    for (_, key, start), (op, value, _) in zip(steps, steps[1:], strict=False):
-        if key == "config" and op.name == "GLOBAL" and value.startswith("ruamel.yaml"):
-            strings = [arg for op, arg, at in steps if at > start and op.name == "BINUNICODE"]
-            trained_on = strings[strings.index("model") + 1] if "model" in strings[:-1] else None
-            return program[:start] + pickle.SETITEMS + pickle.STOP, trained_on
-    raise ValueError("it holds objects other than tensors, numbers and strings")
+    """The pickle up to its ``"config"``, closed there, and what that says of ``model``; runs no step of it."""
+    start = trained_on = None
+    previous, key_at, memo = None, 0, {}
+    for op, value, at in pickletools.genops(program):
+        if "PUT" in op.name:
+            memo[value] = previous
+            continue
+        value = memo.get(value) if "GET" in op.name else value
+        if previous == "config" and op.name == "GLOBAL" and value.startswith("ruamel.yaml"):
+            start = key_at
+        if start is not None and trained_on is None and previous == "model" and isinstance(value, str):
+            trained_on = value
+        previous, key_at = value, at
+    if start is None:
+        raise ValueError("it holds objects other than tensors, numbers and strings")
+    return program[:start] + pickle.SETITEMS + pickle.STOP, trained_on
