@@ -36,7 +36,8 @@ def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: tor
     """Tiles that compile without spills on sm_90; from metadata only, so equal calls choose equally."""
     block_r = _pad(bottleneck)
     wide = dtype == torch.float32
-    tokens = 64 // (2 if block_r > 128 else 1) // (2 if wide else 1)  # what the registers of one program hold
+    large = block_r > 128 or (wide and bottleneck // heads >= 64)
+    tokens = 16 if large else 32 if wide else 64  # what the registers of one program hold
     return Plan(
         resident=length <= tokens,
         BLOCK_L=min(tokens, _pad(length)),
