@@ -2,7 +2,8 @@
 
 Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row of ``tests.cases`` is called, forward
 and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. Rows with
-benchmark shapes are taken at those (with two samples: the batch changes no kernel), and with ``--all`` the others too.
+benchmark shapes are taken at those and at their first small one (with two samples: the batch changes no kernel), and
+with ``--all`` the others too.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def record(cases, dtypes, target):
     _dispatch.capability = lambda device: target
     try:
         for case, dtype in itertools.product(cases, dtypes):
-            for shape in case.large or case.small:
+            for shape in case.small if not case.large else (*case.large, case.small[0]):
                 _call(case, (min(shape[0], 2), *shape[1:]), dtype)
     finally:
         JITFunction.run = original
