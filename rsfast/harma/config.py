@@ -8,10 +8,10 @@ import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE = {  # what may differ when a run is resumed: none of these changes a number of the run
-    "train_data", "val_data", "images", "pretrained", "out", "resume", "workers", "device", "save_every_steps",
+    "train_data", "val_data", "images", "model", "out", "resume", "workers", "device", "save_every_steps",
     "log_every_n_steps", "report_to", "max_steps", "eval_batch_size", "csv_img_key", "csv_caption_key",
     "csv_separator", "csv_encoding", "max_words",
-}  # fmt: skip  # the data are compared by their content
+}  # fmt: skip  # data and model are compared by their content
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class TrainConfig:
         train_data: Caption file, unless data are handed to ``train``.
         val_data: Caption file on which the best epoch is chosen.
         images: Folder or zip of the images.
-        model: open_clip's name, path of a ``.json`` config, or the config. May be left out with a run as ``pretrained``.
+        model: open_clip's name, path of a ``.json`` config, or the config; not needed with a run as ``pretrained``.
         pretrained: open_clip's tag, a weights file, or a run folder.
         method: ``harma`` trains gated adapters and the temperature, ``full`` all weights, ``frozen`` none.
         epochs: Passes over the captions.

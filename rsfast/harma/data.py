@@ -198,7 +198,9 @@ def _karpathy_rows(path: Path, rows: list, split: str) -> Iterator[Row]:
         if row["split"] != split:
             continue
         if not isinstance(row["sentences"], list) or not row["sentences"]:
-            raise ValueError(f"{where}: 'sentences' must be a list that is not empty, got {_described(row['sentences'])}")
+            raise ValueError(
+                f"{where}: 'sentences' must be a list that is not empty, got {_described(row['sentences'])}"
+            )
         for sentence in row["sentences"]:
             _require(sentence, ("raw",), f"{where}, sentences")
         # COCO's file keeps the folder apart from the name
@@ -233,7 +235,9 @@ def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None,
     for row in reader:
         where = f"{path}, line {reader.line_num}"
         if row[img_key] is None or row[caption_key] is None:
-            raise ValueError(f"{where}: the line is too short, it has no {img_key if row[img_key] is None else caption_key}")
+            raise ValueError(
+                f"{where}: the line is too short, it has no {img_key if row[img_key] is None else caption_key}"
+            )
         yield where, row[img_key], [row[caption_key]], None
 
 

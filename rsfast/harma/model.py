@@ -1,6 +1,8 @@
 """open_clip models: by name or by config, with weights from a tag, a file or a run."""
 
+import contextlib
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -55,20 +57,32 @@ def build(config: dict, *, seed: int = 0) -> nn.Module:
     """The model of a config, weights drawn from ``seed``; open_clip's list of models is left alone."""
     import open_clip
 
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), _quiet():
         # the one public way from a config to a model that changes no global list
         Path(folder, "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
         torch.manual_seed(seed)
         return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
 
 
-def create(model: str | dict, *, weights: str | Path | None = None, seed: int = 0) -> Model:
+@contextlib.contextmanager
+def _quiet():
+    """open_clip warns of missing weights where they are loaded a line later."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def create(model: str | dict, *, weights: str | Path | None = None, seed: int = 0, name: str | None = None) -> Model:
     """Model and tokenizer.
 
     Args:
         model: As in :func:`read_config`.
         weights: None draws them from ``seed``; else a tag of open_clip for this name, or a file ``.pt``, ``.pth``,
             ``.bin`` or ``.safetensors``.
+        name: open_clip's name of a model given by its config; it decides the tokenizer.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -76,8 +90,8 @@ def create(model: str | dict, *, weights: str | Path | None = None, seed: int = 
     """
     import open_clip
 
-    config, name = read_config(model)
-    tag = None
+    config, own_name = read_config(model)
+    name, tag = name or own_name, None
     if weights is not None and Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         built = build(config)
         load_weights(built, weights)
@@ -130,10 +144,14 @@ def tokenizer(config: dict, name: str | None):
                 **text.get("tokenizer_kwargs", {}),
             )
     except Exception as error:  # missing packages and failed downloads come as many types
-        raise ValueError(f"model: its tokenizer, which is not part of open_clip, could not be loaded: {error}") from error
+        raise ValueError(
+            f"model: its tokenizer, which is not part of open_clip, could not be loaded: {error}"
+        ) from error
     made = open_clip.SimpleTokenizer(context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs", {}))
     if text.get("vocab_size", made.vocab_size) < made.vocab_size:
-        raise ValueError(f"model: vocab_size must be {made.vocab_size} or more, the tokenizer's, got {text['vocab_size']}")
+        raise ValueError(
+            f"model: vocab_size must be {made.vocab_size} or more, the tokenizer's, got {text['vocab_size']}"
+        )
     return made
 
 

@@ -91,9 +91,7 @@ def scores(queries: Tensor, candidates: Tensor) -> Tensor:
     return product if queries.dtype == torch.float64 else product.float()
 
 
-def _ranks(
-    queries: Tensor, candidates: Tensor, positives: Callable[[int, int], Tensor], block: int | None
-) -> Tensor:
+def _ranks(queries: Tensor, candidates: Tensor, positives: Callable[[int, int], Tensor], block: int | None) -> Tensor:
     """For each query the place, from 0, of its best right candidate. ``positives(start, stop)``: (stop - start, M)."""
     block = block or max(1, BLOCK_ELEMENTS // len(candidates))
     places = torch.arange(len(candidates), device=queries.device)
@@ -122,9 +120,8 @@ def _recalls(txt: Tensor, img: Tensor, suffix: str) -> dict[str, float]:
 def _check(image_features, text_features, text_to_image, texts, block):
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if features.ndim != 2 or not features.is_floating_point() or not len(features):
-            raise ValueError(
-                f"{name} must be floating point (N, D) with N > 0, got {features.dtype} of shape {tuple(features.shape)}"
-            )
+            got = f"{features.dtype} of shape {tuple(features.shape)}"
+            raise ValueError(f"{name} must be floating point (N, D) with N > 0, got {got}")
         if not features.isfinite().all():
             raise ValueError(f"{name} must be finite, {int((~features.isfinite()).any(1).sum())} of its rows are not")
     for what in ("dtype", "device"):
