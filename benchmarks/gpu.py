@@ -7,8 +7,10 @@ What is measured is written row by row, so a run that is cut off keeps it. Exits
 
 import argparse
 import importlib.util
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -70,10 +72,13 @@ def run(parts: list[str], args: argparse.Namespace, start) -> dict[str, str]:
 
 
 def start(argv: list[str], seconds: float) -> int | None:
-    try:
-        return subprocess.run(argv, cwd=ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return None
+    """Run a command with everything it starts in a session of its own, and end all of it when its time is up."""
+    with subprocess.Popen(argv, cwd=ROOT, start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
 
 
 def main() -> int:

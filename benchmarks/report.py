@@ -86,9 +86,8 @@ def plot(rows: list[dict], field: str, unit: str, factor: float, title: str) -> 
             value = group[name][field]
             colour = "#d9730d" if name in OURS else "#8a94a6"
             lines.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
-            lines.append(
-                f'<rect x="{left}" y="{y}" width="{width * value / max(longest, 1e-30):.1f}" height="{bar - 2}" fill="{colour}"/>'
-            )
+            long = width * value / max(longest, 1e-30)
+            lines.append(f'<rect x="{left}" y="{y}" width="{long:.1f}" height="{bar - 2}" fill="{colour}"/>')
             lines.append(f'<text x="{left + width + 8}" y="{y + 11}">{value * factor:.3g} {unit}</text>')
             y += bar
         y += 10
@@ -112,8 +111,8 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
         parts.append(f"### {found['gpu']}\n")
         copied = f", copies {copy_rate / 1e12:.2f} TB/s (read and written)" if copy_rate else ""
         parts.append(
-            f"Driver {found['driver']}, torch {found['torch']}, triton {found['triton']}, {found['date'][:10]}{copied}. "
-            "Median milliseconds of one call, device time; bold is the fastest; memory is the first column's, then "
+            f"Driver {found['driver']}, torch {found['torch']}, triton {found['triton']}, {found['date'][:10]}{copied}."
+            " Median milliseconds of one call, device time; bold is the fastest; memory is the first column's, then "
             f"ours. From `benchmarks/results/{path.name}`, which has every pass and row.\n"
         )
         present = [f for f in FAMILIES if any(r["family"] == f for r in found["rows"])]

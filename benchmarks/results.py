@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -9,6 +10,8 @@ import re
 import subprocess
 
 import torch
+
+from rsfast.info import driver_version
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 KEY = ("family", "op", "shape", "dtype", "impl", "pass")
@@ -30,30 +33,13 @@ def commit() -> str:
     return head + "-dirty" * bool(changed)
 
 
-def driver() -> str:
-    """Version of the GPU's driver, ``unknown`` where ``nvidia-smi`` does not say."""
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(ask, check=True, capture_output=True, text=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__
-
-
 def provenance(known_commit: str | None = None) -> dict[str, str]:
     """What ran, on what; ``known_commit`` for a copy of the tree that has no git folder."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "driver": driver(),
+        "driver": driver_version(),
         "torch": torch.__version__,
-        "triton": triton_version(),
+        "triton": importlib.metadata.version("triton"),
         "cuda": str(torch.version.cuda),
         "commit": known_commit or commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
