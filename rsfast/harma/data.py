@@ -232,13 +232,15 @@ def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None,
     if lacking(separator):
         raise ValueError(f"{path}: no column {' and no column '.join(lacking(separator))} in its header {header!r}")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if row[img_key] is None or row[caption_key] is None:
-            raise ValueError(
-                f"{where}: the line is too short, it has no {img_key if row[img_key] is None else caption_key}"
-            )
-        yield where, row[img_key], [row[caption_key]], None
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            short = [key for key in (img_key, caption_key) if row[key] is None]
+            if short:
+                raise ValueError(f"{where}: the line is too short, it has no {' and no '.join(short)}")
+            yield where, row[img_key], [row[caption_key]], None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _require(row, keys: tuple[str, ...], where: str) -> None:
