@@ -5,6 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 where it did its work, 2 where the user has to change something."""
     from rsfast import info

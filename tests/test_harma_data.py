@@ -71,7 +71,11 @@ def test_image_id_groups_images(files, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.json", '[{"image": "a/0.png", "caption": "x"}, {"image": "a/0.png"}]', "row 1: missing caption; it has image"),
+        (
+            "c.json",
+            '[{"image": "a/0.png", "caption": "x"}, {"image": "a/0.png"}]',
+            "row 1: missing caption; it has image",
+        ),
         ("c.json", "[{}]", "row 0: missing image, caption; it has nothing"),
         ("c.json", '["a"]', "row 0: expected a dictionary, got str 'a'"),
         ("c.json", "{", "is not JSON"),

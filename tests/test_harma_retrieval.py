@@ -88,7 +88,9 @@ def test_features_are_used_as_given():
     ],
 )
 def test_bad_input(change, message):
-    good = dict(image_features=torch.ones(3, 2), text_features=torch.ones(4, 2), text_to_image=torch.tensor([0, 1, 2, 2]))
+    good = dict(
+        image_features=torch.ones(3, 2), text_features=torch.ones(4, 2), text_to_image=torch.tensor([0, 1, 2, 2])
+    )
     arguments = good | change
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(

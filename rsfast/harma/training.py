@@ -168,14 +168,14 @@ class Trainer:
                     f"loss {values['loss']:.3f}, {speed['samples_per_second']:.0f} samples/s, "
                     f"waiting for data {speed['data_wait']:.0%}"
                 )
-                rate, temperature = self.optimizer.param_groups[0]["lr"], 1 / self.model.logit_scale.exp().item()
+                self._check_finite()
+                rate, temperature = self.optimizer.param_groups[0]["lr"], (-self.model.logit_scale).exp().item()
                 log.write(
                     {"step": self.step, "epoch": epoch + 1, **values, "lr": rate, "temperature": temperature, **speed}
                 )
             if end_of_epoch:
                 bar.close()
                 bar = None
-                self._check_finite()
                 self._finish_epoch(epoch + 1, log)
                 since, waited, rows = time.perf_counter(), 0.0, 0
             stop = self._stop()
