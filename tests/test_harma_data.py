@@ -11,8 +11,8 @@ from PIL import Image
 
 from rsfast.harma import BrokenImageError, CaptionedImages, ImageStore, load_captions
 from rsfast.harma.data import clean_caption
-from rsfast.harma.loading import TrainBatches, TrainPairs
-from rsfast.harma.transforms import RandAugment, eval_transform, seeded, train_transform
+from rsfast.harma.loading import TrainBatches, TrainPairs, seeded
+from rsfast.harma.transforms import RandAugment, eval_transform, train_transform
 from tests.harma_world import captions, image, in_memory, write_files
 
 
@@ -82,8 +82,8 @@ def test_image_id_groups_images(files, tmp_path):
         ("c.json", "3", "must hold a list of rows"),
         ("c.json", "[]", "holds no captions"),
         ("c.json", '[{"image": "a/0.png", "caption": []}]', "the list of captions of a/0.png is empty"),
-        ("c.json", '[{"image": "a/0.png", "caption": ["ok", "..."]}]', "must be text with words in it, got '...'"),
-        ("c.json", '[{"image": "a/0.png", "caption": 3}]', "must be text with words in it, got 3"),
+        ("c.json", '[{"image": "a/0.png", "caption": ["ok", 3]}]', "row 0: a caption of a/0.png must be text, got 3"),
+        ("c.json", '[{"image": "a/0.png", "caption": "..."}]', "holds no captions"),
         ("c.json", '[{"image": 3, "caption": "x"}]', "the image's name must be text, got 3"),
         ("c.json", '{"images": 3}', "'images' must be a list"),
         ("c.json", '{"images": [{"filename": "a", "split": "test"}]}', r"images\[0\]: missing sentences"),
@@ -99,6 +99,20 @@ def test_bad_caption_files(files, tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_captions(tmp_path / name, files / "images")
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_captions_without_words_are_left_out_and_named(files, tmp_path):
+    rows = [{"image": f"a/{n}.png", "caption": c} for n, c in ((0, ["ok", " ."]), (1, "..."), (2, "fine"))]
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(rows))
+    data = load_captions(path, files / "images")
+    assert content(data) == (["a/0.png", "a/2.png"], ["ok", "fine"], [0, 1])
+    assert data.left_out == {
+        f"{path}, row 0, caption 1": "' .' of a/0.png has no words",
+        f"{path}, row 1": "'...' of a/1.png has no words",
+    }
+    with pytest.raises(ValueError, match=r"row 0, caption 1: ' \.' of a/0.png has no words"):
+        data.refuse_left_out()
 
 
 def test_files_that_are_not_there(files, tmp_path):

@@ -16,9 +16,8 @@ def by_sorting(scores, own, texts):
     """The definition, with a stable sort and two loops; ``own`` holds for each text its image."""
 
     def recalls(matrix, right):
-        ranks = np.array([
-            next(k for k, j in enumerate(np.argsort(-row, kind="stable")) if right(i, j)) for i, row in enumerate(matrix)
-        ])  # fmt: skip
+        orders = enumerate(np.argsort(-matrix, axis=1, kind="stable"))
+        ranks = np.array([next(k for k, j in enumerate(order) if right(i, j)) for i, order in orders])
         return [100 * (ranks < k).mean() for k in (1, 5, 10)]
 
     words = [{texts[t] for t in range(len(texts)) if own[t] == i} for i in range(len(scores))]

@@ -294,7 +294,7 @@ def test_broken_images_stop_nothing_unless_strict(tmp_path):
     )  # fmt: skip
     result = train(config(tmp_path / "run", **sources), progress=False)
     assert result.broken.keys() == {"a/4.png", "a/7.png"} and "not in" in result.broken["a/7.png"]
-    assert lines(tmp_path / "run")[-1] == {"step": 2, "broken_images": result.broken}
+    assert lines(tmp_path / "run")[-1] == {"step": 2, "broken": result.broken}
     with pytest.raises(ValueError, match=r"an image cannot be used: a/[47].png: "):
         train(config(tmp_path / "strict", strict=True, **sources), progress=False)
 
