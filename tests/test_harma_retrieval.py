@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rsfast.harma import retrieval_metrics
+from rsfast.harma.retrieval import scores
 
 SEVEN = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
 GOLDEN = pathlib.Path(__file__).parent / "data" / "harma_retrieval_metrics.npz"
@@ -59,6 +60,13 @@ def test_equal_features_tie_wherever_they_stand():
     assert all(f == found[0] for f in found)
     # image 0..4 own one of the first five texts, and so on: ties go by index
     assert found[0]["txt_r5"] == 100 * 5 / 40
+
+
+def test_a_score_does_not_depend_on_its_block(device):
+    image, text = torch.randn(300, 512, device=device), torch.randn(700, 512, device=device)
+    whole = scores(image, text)
+    assert all(torch.equal(scores(image[i : i + 1], text)[0], whole[i]) for i in range(0, 300, 7))
+    assert all(torch.equal(scores(text[t : t + 3], image).T, whole[:, t : t + 3]) for t in range(0, 697, 50))
 
 
 def test_a_collapsed_model_earns_what_guessing_earns():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from rsfast.harma import CaptionedImages, evaluate, load_run, train
 from rsfast.harma import model as models
 from rsfast.harma.optim import adamw
+from rsfast.harma.transforms import eval_transform
 from tests.harma_world import MODEL, config, in_memory, write_files
 
 TIMING = ("samples_per_second", "data_wait")
@@ -297,6 +298,23 @@ def test_broken_images_stop_nothing_unless_strict(tmp_path):
     assert lines(tmp_path / "run")[-1] == {"step": 2, "broken": result.broken}
     with pytest.raises(ValueError, match=r"an image cannot be used: a/[47].png: "):
         train(config(tmp_path / "strict", strict=True, **sources), progress=False)
+
+
+def test_evaluation_encodes_as_the_model_does():
+    model, tokenizer = models.create(MODEL, seed=1)[:2]
+    model.train()
+    model.visual.eval()
+    data = in_memory(0, 9)  # images 0 and 8 have a caption in common
+    found = evaluate(model, tokenizer, data, batch_size=4, progress=False)
+    assert model.training and not model.visual.training
+    transform = eval_transform(**models.image_settings(model))
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([transform(image) for image in data.images]), normalize=True)
+        texts = model.encode_text(tokenizer(data.texts), normalize=True)
+    for ours, theirs in ((found.image_features, images), (found.text_features, texts)):
+        assert (ours - theirs).abs().max() < 1e-6  # unit norm in fp32, batches of another size
+    assert data.texts[1] == data.texts[17] and torch.equal(found.text_features[1], found.text_features[17])
+    assert found.text_to_image.tolist() == list(data.text_to_image)
 
 
 def test_no_decay_for_biases_alone():
