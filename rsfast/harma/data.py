@@ -32,6 +32,7 @@ class CaptionedImages:
         ValueError: A length or an index does not fit, or there are no captions.
 
     Example:
+        >>> import rsfast.harma
         >>> from PIL import Image
         >>> data = rsfast.harma.CaptionedImages([Image.new("RGB", (8, 8))], ["a field", "green"], [0, 0])
         >>> len(data.texts), data.load(0).size
