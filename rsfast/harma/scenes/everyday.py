@@ -1,0 +1,187 @@
+"""Scenes as a pedestrian sees them: from the side, upright, ground below and sky above."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rsfast.harma.scenes.pen import Pen, darker
+from rsfast.harma.scenes.things import Facts, count_and_arrangement, places
+
+WHITE, DARK, WOOD, SKIN = (240, 240, 236), (45, 48, 55), (122, 84, 52), (224, 178, 146)
+
+
+def house(pen: Pen, colour: str) -> None:
+    pen.box(0.35j, 1.4, 1.3, pen.near((232, 220, 196)))
+    pen.polygon([-0.9 - 0.28j, -0.95j, 0.9 - 0.28j], pen.colour(colour))
+    pen.box(-0.3 + 0.65j, 0.34, 0.7, WOOD)
+    pen.box(0.32 + 0.3j, 0.4, 0.4, (120, 170, 205))
+    pen.line([0.32 + 0.1j, 0.32 + 0.5j], 0.05, WHITE)
+
+
+def tree(pen: Pen, colour: str) -> None:
+    pen.box(0.6j, 0.22, 0.8, WOOD)
+    rgb = pen.colour(colour)
+    for where, radius in ((-0.35 + 0j, 0.48), (0.35 + 0j, 0.48), (-0.42j, 0.55)):
+        pen.disc(where, radius, rgb)
+    pen.disc(-0.15 - 0.5j, 0.25, tuple(min(255, c + 20) for c in rgb))
+
+
+def car(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.polygon([-0.55 + 0.45j, -0.35 + 0.05j, 0.35 + 0.05j, 0.6 + 0.45j], rgb)
+    pen.polygon([-0.42 + 0.45j, -0.28 + 0.14j, 0.28 + 0.14j, 0.45 + 0.45j], (150, 195, 220))
+    pen.box(0.62j, 1.9, 0.4, rgb)
+    for x in (-0.55, 0.55):
+        pen.disc(x + 0.8j, 0.22, DARK)
+        pen.disc(x + 0.8j, 0.1, (190, 190, 190))
+
+
+def person(pen: Pen, colour: str) -> None:
+    for x in (-0.14, 0.14):
+        pen.box(complex(x, 0.7), 0.2, 0.6, (60, 64, 92))
+    rgb = pen.colour(colour)
+    pen.box(0.05j, 0.62, 0.8, rgb)
+    for side in (-1, 1):
+        pen.line([side * 0.3 - 0.28j, side * 0.5 + 0.3j], 0.14, rgb)
+    pen.disc(-0.6j, 0.28, SKIN)
+    pen.polygon([-0.28 - 0.62j, -0.2 - 0.88j, 0.2 - 0.88j, 0.28 - 0.62j], (70, 50, 38))
+
+
+def flower(pen: Pen, colour: str) -> None:
+    pen.line([1j, -0.3j], 0.1, (60, 130, 60))
+    pen.polygon([0.6j, 0.5 + 0.25j, 0.3 + 0.6j], (70, 145, 66))
+    rgb = pen.colour(colour)
+    for a in np.arange(6) * math.pi / 3:
+        pen.disc(-0.42j + 0.36 * complex(math.cos(a), math.sin(a)), 0.25, rgb)
+    pen.disc(-0.42j, 0.2, (225, 190, 60) if colour != "yellow" else WOOD)
+
+
+def boat(pen: Pen, colour: str) -> None:
+    pen.box(-0.1j, 0.07, 1.4, WOOD)
+    pen.polygon([0.08 - 0.8j, 0.08 + 0.35j, 0.75 + 0.35j], WHITE)
+    pen.polygon([-0.08 - 0.6j, -0.08 + 0.35j, -0.6 + 0.35j], WHITE)
+    pen.polygon([-0.95 + 0.5j, 0.95 + 0.5j, 0.6 + 1j, -0.6 + 1j], pen.colour(colour))
+
+
+def table(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    for x in (-0.7, 0.7):
+        pen.box(complex(x, 0.6), 0.14, 0.8, darker(rgb))
+    pen.polygon([-0.95 + 0.25j, -0.7 - 0.1j, 0.7 - 0.1j, 0.95 + 0.25j], rgb)
+    pen.box(0.3j, 1.9, 0.12, darker(rgb))
+
+
+def chair(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    for x in (-0.4, 0.4):
+        pen.box(complex(x, 0.65), 0.12, 0.7, darker(rgb))
+    pen.box(-0.4j, 0.92, 0.9, rgb)
+    pen.box(-0.4j, 0.55, 0.5, darker(rgb))
+    pen.polygon([-0.55 + 0.4j, -0.46 + 0.1j, 0.46 + 0.1j, 0.55 + 0.4j], rgb)
+
+
+def ball(pen: Pen, colour: str) -> None:
+    pen.disc(0.95j, 0.6, (60, 60, 50), flat=0.15)
+    pen.disc(0.35j, 0.62, pen.colour(colour))
+    pen.box(0.35j, 1.2, 0.16, WHITE)
+    pen.disc(-0.2 + 0.1j, 0.12, WHITE)
+
+
+def balloon(pen: Pen, colour: str) -> None:
+    pen.line([0.2j, 0.1 + 0.6j, 1j], 0.04, DARK)
+    pen.disc(-0.3j, 0.55, pen.colour(colour), flat=1.18)
+    pen.disc(-0.2 - 0.55j, 0.12, WHITE)
+
+
+def umbrella(pen: Pen, colour: str) -> None:
+    pen.line([-0.7j, 1j], 0.08, WOOD)
+    rgb = pen.colour(colour)
+    arc = 0.95 * np.exp(1j * np.linspace(math.pi, 2 * math.pi, 19))
+    for part in range(6):
+        pen.polygon([0j, *arc[3 * part : 3 * part + 4]], rgb if part % 2 else WHITE)
+
+
+def tent(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.polygon([-0.95 + 1j, -0.55j, 0.95 + 1j], rgb)
+    pen.polygon([-0.35 + 1j, 0.1j, 0.35 + 1j], darker(rgb, 0.5))
+    pen.line([-0.55j, -0.85j], 0.05, WOOD)
+
+
+def train(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.box(0.25j, 1.9, 1.0, rgb)
+    pen.box(-0.3j, 1.95, 0.12, darker(rgb))
+    for x in (-0.65, -0.22, 0.22, 0.65):
+        pen.box(complex(x, 0.12), 0.3, 0.34, (160, 205, 230))
+    for x in (-0.65, -0.3, 0.3, 0.65):
+        pen.disc(complex(x, 0.85), 0.15, DARK)
+
+
+def cup(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.disc(0.62 + 0.35j, 0.34, rgb)
+    pen.disc(0.62 + 0.35j, 0.2, (205, 205, 200))
+    pen.polygon([-0.62 - 0.3j, 0.62 - 0.3j, 0.5 + 1j, -0.5 + 1j], rgb)
+    pen.disc(-0.3j, 0.62, darker(rgb), flat=0.22)
+
+
+LAND, FLOOR = ("grass", "sand", "soil", "snow", "concrete"), ("concrete", "soil", "grass")
+BRIGHT = ("red", "blue", "white", "yellow", "orange", "purple", "green")
+# label: the thing, the things, how to draw one, colours, grounds, place
+THINGS = {
+    "house": ("house", "houses", house, ("red", "grey", "brown", "blue"), LAND, "a village"),
+    "tree": ("tree", "trees", tree, ("green", "orange", "brown", "yellow"), LAND, "a park"),
+    "car": ("car", "cars", car, BRIGHT, ("asphalt", "concrete", "sand", "snow"), "a street"),
+    "person": ("person", "people", person, BRIGHT, LAND, "a meeting"),
+    "flower": ("flower", "flowers", flower, ("red", "blue", "white", "yellow", "orange", "purple"), ("grass", "soil"), "a garden"),
+    "boat": ("boat", "boats", boat, BRIGHT, ("water",), "a lake"),
+    "table": ("table", "tables", table, ("brown", "white", "green", "blue", "grey"), FLOOR, "a restaurant"),
+    "chair": ("chair", "chairs", chair, ("brown", "white", "red", "blue", "grey"), FLOOR, "a restaurant"),
+    "ball": ("ball", "balls", ball, BRIGHT, LAND, "a playground"),
+    "balloon": ("balloon", "balloons", balloon, BRIGHT, LAND, "a festival"),
+    "umbrella": ("umbrella", "umbrellas", umbrella, ("red", "blue", "yellow", "green", "orange"), ("sand", "grass"), "a picnic"),
+    "tent": ("tent", "tents", tent, BRIGHT, ("grass", "sand", "soil", "snow"), "a camp"),
+    "train": ("train", "trains", train, ("red", "blue", "white", "green", "brown"), ("grass", "sand", "concrete"), "a station"),
+    "cup": ("cup", "cups", cup, ("white", "blue", "red", "grey", "purple"), FLOOR, "a breakfast"),
+}  # fmt: skip
+LABELS = tuple(THINGS)
+DETAILS = ("under the sun", "under white clouds", "near some trees", "beside a long building", "in an open area")
+HORIZON = -0.25
+
+
+def backdrop(pen: Pen, detail: str) -> None:
+    """The sky, and what stands on the horizon or hangs above it."""
+    pen.texture([-1 - 1j, 1 - 1j, complex(1, HORIZON), complex(-1, HORIZON)], "sky")
+    x = pen.rng.uniform(-0.6, 0.6)
+    if detail == "under the sun":
+        pen.disc(complex(x, -0.72), 0.17, (250, 214, 80))
+    elif detail == "under white clouds":
+        for dx in (-0.5, 0.45):
+            for ddx, r in ((-0.15, 0.1), (0, 0.14), (0.16, 0.1)):
+                pen.disc(complex(x / 3 + dx + ddx, -0.7), r, (248, 250, 252), flat=0.8)
+    elif detail == "near some trees":
+        for at in np.arange(-0.85, 1, 0.34):
+            tree(pen.moved(complex(at + pen.rng.uniform(-0.08, 0.08), HORIZON - 0.16), scale=0.19), "green")
+    elif detail == "beside a long building":
+        pen.box(complex(0, HORIZON - 0.16), 1.6, 0.34, pen.near((186, 176, 164)))
+        for at in np.arange(-0.68, 0.7, 0.17):
+            pen.box(complex(at, HORIZON - 0.17), 0.09, 0.12, (110, 132, 152))
+
+
+def draw(label: str, size: int, rng: np.random.Generator) -> tuple[Pen, Facts]:
+    thing, plural, one, colours, grounds, place = THINGS[label]
+    count, arrangement = count_and_arrangement(rng)
+    colour, ground, detail = (str(rng.choice(choices)) for choices in (colours, grounds, DETAILS))
+    pen = Pen(size, ground, rng)
+    backdrop(pen, detail)
+    spots, room = places(count, arrangement, rng)
+    flying = label == "balloon"
+    for spot in sorted(spots, key=lambda p: p.imag):
+        depth = 1 + 0.25 * spot.imag  # farther things are smaller
+        where = complex(spot.real, (-0.15 if flying else 0.32) + 0.62 * spot.imag)
+        one(pen.moved(where, scale=0.92 * room * depth), colour)
+    setting = "in the sky" if flying else f"{'in' if ground == 'water' else 'on'} the {ground}"
+    return pen, Facts(label, thing, plural, count, colour, arrangement, ground, setting, place, detail)
