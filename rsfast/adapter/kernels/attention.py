@@ -1,0 +1,192 @@
+"""Multi-head attention of one tile, forward and backward, with its projections fused on.
+
+``resident``: a sample fits one tile, so keys and values never leave the registers (up to 64 tokens).
+``streamed``: queries of one tile, keys and values of the whole sample from memory, online softmax.
+
+The logarithm of the softmax's denominator is kept in base 2. Heads are walked by a loop that is not unrolled:
+unrolled, the resident kernels spill kilobytes.
+"""
+
+import triton
+import triton.language as tl
+
+from rsfast.adapter.kernels.tiles import LOG2E, cast, dot, load, store, vector
+
+
+@triton.jit
+def _project(x, w_ptr, b_ptr, row0, WIDTH: tl.constexpr, HEAD: tl.constexpr,
+             BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """One head's slice of a projection: x @ w[row0 : row0 + HEAD].T + b, rounded as the weights are."""
+    cols = tl.arange(0, BLOCK_H)
+    w = load(w_ptr + row0 * WIDTH, cols, tl.arange(0, BLOCK_R), WIDTH, HEAD, WIDTH)  # [BLOCK_H, BLOCK_R]
+    y = dot(x, w.T, tl.zeros([BLOCK_L, BLOCK_H], tl.float32)) + vector(b_ptr + row0, cols, HEAD)
+    return cast(y, w.dtype)
+
+
+@triton.jit
+def _store_lse(lse_ptr, lse, rows, head, valid, end):
+    tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, lse, 0.0), mask=rows < end)
+
+
+@triton.jit
+def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
+             WIDTH: tl.constexpr, HEADS: tl.constexpr, SAVE: tl.constexpr,
+             BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """MHA(x) of a whole sample in registers."""
+    HEAD: tl.constexpr = WIDTH // HEADS
+    cols = tl.arange(0, BLOCK_H)
+    outs = tl.arange(0, BLOCK_R)
+    x = cast(x, wi_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
+    for head in tl.range(0, HEADS, num_stages=1):
+        first = head * HEAD
+        q = _project(x, wi_ptr, bi_ptr, first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
+        k = _project(x, wi_ptr, bi_ptr, WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
+        s = dot(q, k.T, tl.zeros([BLOCK_L, BLOCK_L], tl.float32)) * (LOG2E / HEAD**0.5)
+        s = tl.where(rows[None, :] < tl.maximum(valid, 1), s, float("-inf"))  # one key at least: no empty row
+        top = tl.max(s, 1)
+        p = tl.exp2(s - top[:, None])
+        total = tl.sum(p, 1)
+        v = _project(x, wi_ptr, bi_ptr, 2 * WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
+        o = dot(p, v, tl.zeros([BLOCK_L, BLOCK_H], tl.float32)) / total[:, None]
+        if SAVE:
+            store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
+            _store_lse(lse_ptr, top + tl.log2(total), rows, head, valid, end)
+        wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
+        acc = dot(o, wo.T, acc)
+    return acc + vector(bo_ptr, outs, WIDTH)
+
+
+@triton.jit
+def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
+             WIDTH: tl.constexpr, HEADS: tl.constexpr, SAVE: tl.constexpr,
+             BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """MHA of one tile's queries over the sample's keys; q, k and v of all heads are in memory."""
+    HEAD: tl.constexpr = WIDTH // HEADS
+    cols = tl.arange(0, BLOCK_H)
+    outs = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
+    for head in tl.range(0, HEADS, num_stages=1):
+        first = head * HEAD
+        q = load(qkv_ptr + first, rows, cols, 3 * WIDTH, valid, HEAD)
+        o = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
+        top = tl.full([BLOCK_L], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_L], tl.float32)
+        for key in range(0, tl.maximum(valid, 1), BLOCK_K):
+            keys = key + tl.arange(0, BLOCK_K)
+            k = load(qkv_ptr + WIDTH + first, keys, cols, 3 * WIDTH, valid, HEAD)
+            s = dot(q, k.T, tl.zeros([BLOCK_L, BLOCK_K], tl.float32)) * (LOG2E / HEAD**0.5)
+            s = tl.where(keys[None, :] < tl.maximum(valid, 1), s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.sum(p, 1)
+            v = load(qkv_ptr + 2 * WIDTH + first, keys, cols, 3 * WIDTH, valid, HEAD)
+            o = dot(p, v, o * fade[:, None])
+            top = higher
+        o = o / total[:, None]
+        if SAVE:
+            store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
+            _store_lse(lse_ptr, top + tl.log2(total), rows, head, valid, end)
+        wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
+        acc = dot(o, wo.T, acc)
+    return acc + vector(bo_ptr, outs, WIDTH)
+
+
+@triton.jit
+def _pair(q, k, v, do, lse, delta, rows, keys, valid, HEAD: tl.constexpr,
+          BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """P and dS of one block of queries and keys: P = 2^(S - lse), dS = P (dO V^T - delta)."""
+    s = dot(q, k.T, tl.zeros([BLOCK_L, BLOCK_K], tl.float32)) * (LOG2E / HEAD**0.5)
+    inside = (rows[:, None] < valid) & (keys[None, :] < valid)
+    p = tl.where(inside, tl.exp2(s - lse[:, None]), 0.0)
+    dp = dot(do, v.T, tl.zeros([BLOCK_L, BLOCK_K], tl.float32))
+    return cast(p, q.dtype), cast(p * (dp - delta[:, None]), q.dtype)
+
+
+@triton.jit
+def resident_grad(x, dy, wi_ptr, bi_ptr, wo_ptr, o_ptr, lse_ptr, dqkv_ptr, rows, valid, end,
+                  WIDTH: tl.constexpr, HEADS: tl.constexpr,
+                  BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Gradient of ``resident`` in its input; q, k and v are projected again, their gradients written out."""
+    HEAD: tl.constexpr = WIDTH // HEADS
+    cols = tl.arange(0, BLOCK_H)
+    outs = tl.arange(0, BLOCK_R)
+    x, dy = cast(x, wi_ptr.dtype.element_ty), cast(dy, wi_ptr.dtype.element_ty)
+    dx = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
+    zero = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
+    for head in tl.range(0, HEADS, num_stages=1):
+        first = head * HEAD
+        wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
+        do = dot(dy, wo, zero)
+        o = load(o_ptr + first, rows, cols, WIDTH, valid, HEAD)
+        delta = tl.sum(do * o.to(tl.float32), 1)
+        do = cast(do, wo.dtype)
+        lse = tl.load(lse_ptr + head * end + rows, mask=rows < valid, other=0.0)
+        q = _project(x, wi_ptr, bi_ptr, first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
+        k = _project(x, wi_ptr, bi_ptr, WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
+        v = _project(x, wi_ptr, bi_ptr, 2 * WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
+        p, ds = _pair(q, k, v, do, lse, delta, rows, rows, valid, HEAD, BLOCK_L, BLOCK_L)
+        dv = cast(dot(p.T, do, zero), wo.dtype)
+        dq = cast(dot(ds, k, zero) * (1 / HEAD**0.5), wo.dtype)
+        dk = cast(dot(ds.T, q, zero) * (1 / HEAD**0.5), wo.dtype)
+        store(dqkv_ptr + first, dq, rows, cols, 3 * WIDTH, valid, end, HEAD)
+        store(dqkv_ptr + WIDTH + first, dk, rows, cols, 3 * WIDTH, valid, end, HEAD)
+        store(dqkv_ptr + 2 * WIDTH + first, dv, rows, cols, 3 * WIDTH, valid, end, HEAD)
+        dx = dot(dq, load(wi_ptr + first * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
+        dx = dot(dk, load(wi_ptr + (WIDTH + first) * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
+        dx = dot(dv, load(wi_ptr + (2 * WIDTH + first) * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
+    return dx
+
+
+@triton.jit
+def streamed_grad_kernel(qkv_ptr, do_ptr, o_ptr, lse_ptr, dqkv_ptr, lengths_ptr, L, tiles,
+                         WIDTH: tl.constexpr, HEADS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+                         BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """dq, dk and dv of one block of tokens and one head: first as keys over all queries, then as queries."""
+    HEAD: tl.constexpr = WIDTH // HEADS
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    sample = (pid // HEADS // tiles).to(tl.int64)
+    mine = (pid // HEADS) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    valid = L
+    if HAS_LENGTHS:
+        valid = tl.minimum(tl.load(lengths_ptr + sample).to(tl.int32), L)
+    first = head * HEAD
+    cols = tl.arange(0, BLOCK_H)
+    q_ptr = qkv_ptr + sample * L * 3 * WIDTH + first
+    k_ptr = q_ptr + WIDTH
+    v_ptr = k_ptr + WIDTH
+    do_ptr += sample * L * WIDTH + first
+    o_ptr += sample * L * WIDTH + first
+    lse_ptr += (sample * HEADS + head) * L
+    k = load(k_ptr, mine, cols, 3 * WIDTH, valid, HEAD)
+    v = load(v_ptr, mine, cols, 3 * WIDTH, valid, HEAD)
+    dq = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
+    dk = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
+    dv = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
+    for row in range(0, valid, BLOCK_L):
+        rows = row + tl.arange(0, BLOCK_L)
+        q = load(q_ptr, rows, cols, 3 * WIDTH, valid, HEAD)
+        do = load(do_ptr, rows, cols, WIDTH, valid, HEAD)
+        o = load(o_ptr, rows, cols, WIDTH, valid, HEAD)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + rows, mask=rows < valid, other=0.0)
+        p, ds = _pair(q, k, v, do, lse, delta, rows, mine, valid, HEAD, BLOCK_L, BLOCK_L)
+        dv = dot(p.T, do, dv)
+        dk = dot(ds.T, q, dk)
+    q = load(q_ptr, mine, cols, 3 * WIDTH, valid, HEAD)
+    do = load(do_ptr, mine, cols, WIDTH, valid, HEAD)
+    o = load(o_ptr, mine, cols, WIDTH, valid, HEAD)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + mine, mask=mine < valid, other=0.0)
+    for key in range(0, valid, BLOCK_L):
+        keys = key + tl.arange(0, BLOCK_L)
+        k = load(k_ptr, keys, cols, 3 * WIDTH, valid, HEAD)
+        v = load(v_ptr, keys, cols, 3 * WIDTH, valid, HEAD)
+        _, ds = _pair(q, k, v, do, lse, delta, mine, keys, valid, HEAD, BLOCK_L, BLOCK_L)
+        dq = dot(ds, k, dq)
+    dqkv_ptr += sample * L * 3 * WIDTH + first
+    store(dqkv_ptr, dq * (1 / HEAD**0.5), mine, cols, 3 * WIDTH, valid, L, HEAD)
+    store(dqkv_ptr + WIDTH, dk * (1 / HEAD**0.5), mine, cols, 3 * WIDTH, valid, L, HEAD)
+    store(dqkv_ptr + 2 * WIDTH, dv, mine, cols, 3 * WIDTH, valid, L, HEAD)

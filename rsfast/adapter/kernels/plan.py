@@ -1,0 +1,53 @@
+"""Which kernels run for a call, and with which tiles."""
+
+from dataclasses import dataclass
+
+import torch
+from triton import next_power_of_2
+
+RESIDENT_LENGTH = 64  # tokens of a sample that one program can hold
+
+
+def _pad(size: int) -> int:
+    """Smallest block that holds ``size`` and that a matrix product takes."""
+    return max(16, next_power_of_2(size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tile sizes of one call; feature blocks are padded to powers of two."""
+
+    resident: bool  # a sample fits one tile
+    BLOCK_L: int  # tokens of a tile
+    BLOCK_R: int  # bottleneck
+    BLOCK_S: int  # width of the shared sub-adapter
+    BLOCK_H: int  # head
+    BLOCK_HS: int  # head of the shared sub-adapter
+    BLOCK_D: int  # step over the width
+    BLOCK_K: int  # step over what is contracted, or over keys
+    BLOCK_N: int  # step over outputs
+    num_warps: int
+
+    def blocks(self, names: str) -> dict[str, int]:
+        """The tile sizes named by their last letters: ``"L R D"``."""
+        return {f"BLOCK_{n}": getattr(self, f"BLOCK_{n}") for n in names.split()}
+
+
+def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: torch.dtype, capability: int) -> Plan:
+    """Tiles that compile without spills on sm_90; from metadata only, so equal calls choose equally."""
+    block_r = _pad(bottleneck)
+    wide = dtype == torch.float32
+    block_l = 64
+    resident = length <= RESIDENT_LENGTH
+    return Plan(
+        resident=resident,
+        BLOCK_L=min(block_l, _pad(length)),
+        BLOCK_R=block_r,
+        BLOCK_S=_pad(bottleneck // 2),
+        BLOCK_H=_pad(bottleneck // heads),
+        BLOCK_HS=_pad(bottleneck // 2 // shared_heads),
+        BLOCK_D=32 if wide else 64,
+        BLOCK_K=32 if wide else 64,
+        BLOCK_N=32 if wide else 64,
+        num_warps=8,
+    )

@@ -1,0 +1,199 @@
+"""One row per operation variant: what the contract suite and the benchmarks need to know about it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from sys import modules
+
+import torch
+import torch.nn.functional as F
+
+import rsfast
+from rsfast.adapter import reference as adapter
+from rsfast.similarity import reference as similarity
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    public: Callable
+    reference: Callable
+    names: tuple[str, ...]  # of the tensors that inputs() makes
+    inputs: Callable  # (shape, dtype, device) -> tuple of floating point tensors
+    pack: Callable  # those tensors -> (args, kwargs) of public and reference
+    terms: Callable  # shape -> longest sum in the maths
+    io_bytes: Callable  # (shape, itemsize, backward=False) -> bytes the ideal kernel moves
+    flops: Callable  # (shape, backward=False) -> operations of the ideal kernel, which recomputes nothing
+    scalars: Callable  # shape -> name of each parameter that is one number, and the shape of what it multiplies
+    small: tuple = ()  # shapes for tests: aligned, odd, ones, empty, and both sides of a kernel's choices
+    large: tuple = ()  # shapes for benchmarks
+    dtypes: tuple = (FP32, FP16, BF16)
+
+    def __str__(self):
+        return self.name
+
+    def call(self, fn, tensors, **options):
+        args, kwargs = self.pack(tensors)
+        return fn(*args, **kwargs, **options)
+
+    def scale(self, tensors, dy) -> dict[str, float]:
+        """Norm of the terms in the gradient of each scalar: one sum over everything, so it cancels.
+
+        The other gradients are many sums of the same kind, so the largest of them is the size of the terms.
+        """
+        tensors = [t.detach().double() for t in tensors]
+        scales = {}
+        for name, shape in self.scalars(tensors[0].shape).items():
+            at = self.names.index(name)
+            each = tensors[at].expand(shape).clone().requires_grad_()  # one copy for each number it multiplies
+            y = self.call(self.reference, [*tensors[:at], each, *tensors[at + 1 :]])
+            scales[name] = torch.autograd.grad(y, each, dy.double())[0].norm().item()
+        return scales
+
+    def has_kernel(self) -> bool:
+        """A family without kernels, or one whose functional.py says "no kernel yet", waits for its own."""
+        family = self.reference.__module__.rpartition(".")[0]
+        if find_spec(f"{family}.kernels") is None:
+            return False
+        shape = self.small[0]
+        reasons = modules[f"{family}.functional"].why_not_fused(self.inputs(shape, FP32, "cpu")[0])
+        return not any("no kernel yet" in reason for reason in reasons)
+
+
+def _draw(shapes, dtype, device):
+    """Normal numbers; ``shapes`` holds (shape, standard deviation)."""
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(shape, generator=g) * std).to(device, dtype) for shape, std in shapes]
+
+
+WEIGHTS = adapter.SharedWeights._fields  # the adapter and its sub-adapter have parameters of the same names
+
+
+def _weights(width, r):
+    """Attention far from uniform, and values about 1 behind every product, so that fp16 holds them all."""
+    down, attention, up = 1 / math.sqrt(width), 1 / math.sqrt(r), 1 / math.sqrt(r)
+    return [
+        ((r, width), down), ((r,), 0.3), ((3 * r, r), 2 * attention), ((3 * r,), 0.3),
+        ((r, r), attention), ((r,), 0.3), ((width, r), up), ((width,), 0.3), ((), 0.6),
+    ]  # fmt: skip
+
+
+def some_lengths(x):
+    """Nothing, one token, all, more than there are, some; and around again."""
+    b, tokens, _ = x.shape
+    return torch.tensor([0, 1, tokens, tokens + 3, max(tokens // 2, 1)]).repeat(b)[:b].to(x.device)
+
+
+def _adapter(
+    name, *, small, bottleneck=128, num_heads=8, shared=0, residual_gate=True, lengths=False, mixed=False, **fields
+):
+    """Row of the gated adapter; ``shared`` is the number of heads of the shared sub-adapter, 0 for none."""
+    r, s = bottleneck, bottleneck // 2
+    names = ("x", *WEIGHTS, *["residual_gate"] * residual_gate, *[f"shared.{n}" for n in WEIGHTS if shared])
+
+    def inputs(shape, dtype, device):
+        width = shape[2]
+        x = _draw([(shape, 1)], dtype, device)
+        shapes = _weights(width, r) + [((), 0.6)] * residual_gate + (_weights(r, s) if shared else [])
+        return (*x, *_draw(shapes, FP32 if mixed and dtype != torch.float64 else dtype, device))
+
+    def pack(tensors):
+        gated = 10 + residual_gate
+        kwargs = dict(num_heads=num_heads, lengths=some_lengths(tensors[0]) if lengths else None)
+        if shared:
+            kwargs |= dict(shared=rsfast.SharedWeights(*tensors[gated:]), shared_heads=shared)
+        return tensors[:gated], kwargs
+
+    def scalars(shape):
+        b, tokens, width = shape
+        each = {"gate": r, "residual_gate": width if residual_gate else 0, "shared.gate": s if shared else 0}
+        return {gate: (b, tokens, wide) for gate, wide in each.items() if wide}
+
+    def flops(shape, backward=False):
+        b, tokens, width = shape
+        # a token: down and up 4 D R; each pass over in_proj and out_proj 8 R^2, over the scores and values 4 L R
+        each = 4 * width * r + 2 * (8 * r * r + 4 * tokens * r)
+        if shared:  # its down and up 4 R S, one pass at S
+            each += 4 * r * s + 8 * s * s + 4 * tokens * s
+        return b * tokens * each * (2 if backward else 1)  # backward: two products of the same size for each one
+
+    def io_bytes(shape, itemsize, backward=False):
+        # x in, y out; backward: x and dy in, dx out; the weights are small and stay in the cache
+        return math.prod(shape) * itemsize * (3 if backward else 2)
+
+    return Case(
+        f"gated_adapter{name}",
+        rsfast.gated_adapter,
+        adapter.gated_adapter,
+        names,
+        inputs,
+        pack,
+        terms=lambda shape: max(shape[0] * shape[1], shape[2], 3 * r),
+        io_bytes=io_bytes,
+        flops=flops,
+        scalars=scalars,
+        small=small,
+        dtypes=(FP16, BF16) if mixed else (FP32, FP16, BF16),
+        **fields,
+    )
+
+
+def _loss(name, public, reference, *, scaled, ids=False):
+    """Row of a loss over the pairs of a batch; ``scaled`` for a loss that takes ``logit_scale``."""
+
+    def inputs(shape, dtype, device):
+        image, text = (F.normalize(t, dim=1).to(dtype) for t in _draw([(shape, 1)] * 2, FP32, device))
+        return (image, text, *[torch.tensor(5.0, dtype=dtype, device=device)] * scaled)
+
+    def pack(tensors):
+        n = len(tensors[0])
+        return tensors, dict(image_ids=torch.arange(n, device=tensors[0].device) // 2) if ids else {}
+
+    return Case(
+        name,
+        public,
+        reference,
+        ("image_features", "text_features", *["logit_scale"] * scaled),
+        inputs,
+        pack,
+        terms=lambda shape: max(shape),
+        io_bytes=lambda shape, itemsize, backward=False: 2 * math.prod(shape) * itemsize * (2 if backward else 1),
+        # the scores 2 N^2 D; backward: as many again for either side's gradient
+        flops=lambda shape, backward=False: 2 * shape[0] ** 2 * shape[1] * (2 if backward else 1),
+        scalars=lambda shape: {"logit_scale": (shape[0], shape[0])} if scaled else {},
+        small=((8, 16), (7, 13), (1, 1)),
+        large=((428, 512), (4096, 512)),
+    )
+
+
+VISION = ((256, 50, 768), (64, 50, 768))
+TEXT = ((256, 77, 512), (64, 77, 512))
+LONG_VISION = ((256, 197, 768), (64, 197, 768), (256, 257, 1024), (64, 257, 1024))
+ODD, PADDED, LONG = (3, 13, 37), (5, 11, 24), (2, 77, 40)
+
+CASES = [
+    _adapter(
+        "",
+        small=((2, 16, 32), ODD, (1, 1, 1), (0, 5, 24), (1, 64, 24), LONG, (1, 130, 24)),
+        large=VISION + LONG_VISION + TEXT,
+    ),
+    _adapter("_shared", shared=8, small=(ODD, (1, 1, 1), (0, 5, 24), (1, 64, 24), LONG), large=TEXT + VISION),
+    _adapter("_ungated", residual_gate=False, small=(ODD,)),
+    _adapter("_lengths", lengths=True, bottleneck=32, num_heads=4, small=(PADDED, (5, 67, 8), (0, 5, 24))),
+    _adapter("_shared_lengths", shared=8, lengths=True, bottleneck=32, num_heads=4, small=(PADDED, (5, 67, 8))),
+    _adapter("_mixed", mixed=True, small=(ODD,)),
+    _adapter("_mixed_shared", mixed=True, shared=8, bottleneck=32, num_heads=4, small=(ODD,)),
+    _adapter("_32x4", bottleneck=32, num_heads=4, small=(ODD, LONG)),
+    _adapter("_33x3", bottleneck=33, num_heads=3, small=(ODD, LONG)),
+    _adapter("_96x8", bottleneck=96, num_heads=8, small=(ODD,)),
+    _adapter("_48x4_shared_3", bottleneck=48, num_heads=4, shared=8, small=(ODD, (1, 70, 24))),
+    _adapter("_48x4_shared_6", bottleneck=48, num_heads=4, shared=4, residual_gate=False, small=(ODD,)),
+    _adapter("_64x1", bottleneck=64, num_heads=1, small=(ODD,)),
+    _adapter("_256x8_shared", bottleneck=256, num_heads=8, shared=8, small=(ODD, (1, 70, 24))),
+    _loss("contrastive_loss", rsfast.contrastive_loss, similarity.contrastive_loss, scaled=True),
+    _loss("contrastive_loss_ids", rsfast.contrastive_loss, similarity.contrastive_loss, scaled=True, ids=True),
+    _loss("adaptive_triplet_loss", rsfast.adaptive_triplet_loss, similarity.adaptive_triplet_loss, scaled=False),
+]

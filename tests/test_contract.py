@@ -1,0 +1,155 @@
+"""The promises every operation makes, checked once for all of them."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from rsfast.testing import assert_within_budget
+from tests.cases import CASES, FP32
+
+FUSED = [case for case in CASES if case.has_kernel()]
+WAITING = [case for case in CASES if case not in FUSED]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_kernel = pytest.mark.parametrize(
+    "case", FUSED + [pytest.param(case, marks=pytest.mark.skip("no kernel yet")) for case in WAITING], ids=str
+)
+GRID = [
+    pytest.param(
+        case, shape, dtype, id=f"{case}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}",
+        marks=pytest.mark.skip("no kernel yet") if case in WAITING else (),
+    )
+    for case in CASES
+    for shape in case.small
+    for dtype in case.dtypes
+]  # fmt: skip
+
+
+def run(case, fn, tensors, dy=None, wanted=None, **options):
+    """Output, its gradient, and the gradients of the tensors named in ``wanted``, all by default."""
+    wanted = case.names if wanted is None else wanted
+    leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip(case.names, tensors, strict=True)]
+    y = case.call(fn, leaves, **options)
+    if dy is None:
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return y.detach(), dy, torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy.to(y.dtype))
+
+
+def small(case, device, dtype=FP32):
+    return case.inputs(case.small[0], dtype, device)
+
+
+def assert_same_bits(case, actual, expected, names=None):
+    (y, _, grads), (y2, _, grads2) = actual, expected
+    for name, one, two in zip(("y", *(names or case.names)), (y, *grads), (y2, *grads2), strict=True):
+        assert one.dtype == two.dtype and torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("case, shape, dtype", GRID)
+def test_matches_the_oracle(case, shape, dtype, device):
+    tensors = case.inputs(shape, dtype, device)
+    y, dy, grads = run(case, case.public, tensors, impl="fused")
+    gold, _, gold_grads = run(case, case.reference, [t.double() for t in tensors], dy)
+    eager, _, eager_grads = run(case, case.public, tensors, dy, impl="reference")  # casts weights as the kernel does
+    scales = case.scale(tensors, dy)
+    for name, *values in zip(("y", *case.names), (y, *grads), (gold, *gold_grads), (eager, *eager_grads), strict=True):
+        assert_within_budget(*values, terms=max(case.terms(shape), 1), scale=scales.get(name), name=name)
+
+
+@each_case
+def test_oracle_gradients(case):
+    """Along a random direction for each tensor, which is as far as large parameters allow."""
+    tensors = [t.requires_grad_() for t in small(case, "cpu", torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: case.call(case.reference, t), tensors, fast_mode=True)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the arguments of every call of an operation of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rsfast":
+            self.calls.append((func, *tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def calls(case, device):
+    with _Recorder() as recorder:
+        run(case, case.public, small(case, device), impl="fused")
+    return recorder.calls
+
+
+@each_kernel
+def test_registration(case, device):
+    assert calls(case, device)
+    for op, args, kwargs in calls(case, device):
+        torch.library.opcheck(op, args, kwargs)
+
+
+def test_every_registered_operation_has_a_case(device):
+    seen = {op.name() for case in FUSED for op, _, _ in calls(case, device)}
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rsfast::")}
+    assert registered == seen
+
+
+@each_case
+def test_compiles_whole(case, device):
+    tensors, impl = small(case, device), "fused" if case in FUSED else "reference"
+    torch._dynamo.reset()
+    compiled = torch.compile(case.public, fullgraph=True, backend="aot_eager")  # so that the bits can be compared
+    expected = run(case, case.public, tensors, impl=impl)
+    assert_same_bits(case, run(case, compiled, tensors, impl=impl), expected)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.permute([*range(t.ndim)][::-1]).contiguous().permute([*range(t.ndim)][::-1]),
+    "every_other": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_kernel
+def test_accepts_strided_inputs(case, device, layout):
+    tensors = small(case, device)
+    expected = run(case, case.public, tensors, impl="fused")
+    strided = [LAYOUTS[layout](t) for t in tensors]
+    actual = run(case, case.public, strided, LAYOUTS[layout](expected[1]), impl="fused")
+    assert_same_bits(case, actual, expected)
+
+
+@each_kernel
+def test_runs_twice_alike(case, device):
+    tensors = case.inputs(case.small[-1], FP32, device)
+    assert_same_bits(case, *(run(case, case.public, tensors, impl="fused") for _ in "ab"))
+
+
+@each_kernel
+def test_forward_is_the_same_without_gradients(case, device):
+    tensors = small(case, device)
+    with torch.no_grad():
+        y = case.call(case.public, tensors, impl="fused")
+    assert not y.requires_grad and torch.equal(y, run(case, case.public, tensors, impl="fused")[0])
+
+
+@each_kernel
+def test_gradients_do_not_depend_on_who_else_wants_one(case, device):
+    tensors = small(case, device)
+    y, dy, grads = run(case, case.public, tensors, impl="fused")
+    grads = dict(zip(case.names, grads, strict=True))
+    for wanted in ({case.names[0]}, {*case.names[1:]}, {case.names[-1]}, {*case.names[1::2]}):
+        names = [name for name in case.names if name in wanted]
+        alone = run(case, case.public, tensors, dy, wanted, impl="fused")
+        assert_same_bits(case, alone, (y, dy, [grads[name] for name in names]), names)
+
+
+@each_case
+def test_signatures_agree(case):
+    public, reference = (list(inspect.signature(f).parameters) for f in (case.public, case.reference))
+    assert [p for p in public if p != "impl"] == reference
