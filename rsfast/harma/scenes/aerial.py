@@ -158,7 +158,9 @@ def draw_things(pen_on, rng: np.random.Generator, label: str) -> tuple[Pen, Fact
     detail = str(rng.choice(SHORES if ground == "water" else EDGES))
     pen = pen_on(ground)
     edge(pen, detail)
-    heading = rng.uniform(0, 2 * math.pi) if arrangement in ("in the middle", "in a corner", "scattered") else math.pi / 2
+    heading = (
+        rng.uniform(0, 2 * math.pi) if arrangement in ("in the middle", "in a corner", "scattered") else math.pi / 2
+    )
     spots, room = places(count, arrangement, rng)
     for spot in spots:
         angle = (heading + rng.normal(0, 0.06)) if aligned else rng.uniform(0, 2 * math.pi)
@@ -182,7 +184,11 @@ def cars_along(pen: Pen, line: np.ndarray, count: int, colour: str, *, lane: flo
 
 
 def river(pen_on, rng):
-    ground, colour, count = str(rng.choice(["grass", "forest", "sand", "snow"])), str(rng.choice(["white", "red", "grey", "brown"])), int(rng.integers(1, 4))
+    ground, colour, count = (
+        str(rng.choice(["grass", "forest", "sand", "snow"])),
+        str(rng.choice(["white", "red", "grey", "brown"])),
+        int(rng.integers(1, 4)),
+    )
     bend = rng.choice([0.0, 0.28])
     pen, line = pen_on(ground), winding(rng, bend=bend)
     pen.band(line, 0.62, "sand" if ground != "sand" else "soil")
@@ -193,7 +199,18 @@ def river(pen_on, rng):
         bridge.box(0, 0.17, 0.86, bridge.colour(colour), shadow=0.04)
         bridge.line([-0.43j, 0.43j], 0.02, DARK)
     kind = "winding" if bend else "straight"
-    return pen, Facts("river", "bridge", "bridges", count, colour, None, ground, f"over a river in the {ground}", f"a {kind} river", f"across a {kind} stream of water")
+    return pen, Facts(
+        "river",
+        "bridge",
+        "bridges",
+        count,
+        colour,
+        None,
+        ground,
+        f"over a river in the {ground}",
+        f"a {kind} river",
+        f"across a {kind} stream of water",
+    )
 
 
 def bridge(pen_on, rng):
@@ -209,11 +226,17 @@ def bridge(pen_on, rng):
     pen.line([-2, 2], 0.015, WHITE)
     cars_along(pen, line, count, colour, lane=0.12, scale=0.17)
     detail = "between two green banks" if banks else "far from the land"
-    return pen, Facts("bridge", "car", "cars", count, colour, None, "water", "on a bridge over the water", "a long bridge", detail)
+    return pen, Facts(
+        "bridge", "car", "cars", count, colour, None, "water", "on a bridge over the water", "a long bridge", detail
+    )
 
 
 def road(pen_on, rng):
-    ground, colour, count = str(rng.choice(["grass", "forest", "sand", "snow"])), str(rng.choice(["red", "blue", "white", "yellow"])), int(rng.integers(1, 5))
+    ground, colour, count = (
+        str(rng.choice(["grass", "forest", "sand", "snow"])),
+        str(rng.choice(["red", "blue", "white", "yellow"])),
+        int(rng.integers(1, 5)),
+    )
     bend = rng.choice([0.0, 0.28])
     pen, line = pen_on(ground), winding(rng, bend=bend)
     pen.band(line, 0.58, "asphalt")
@@ -225,11 +248,17 @@ def road(pen_on, rng):
     cars_along(pen, line, count, colour, lane=0.13, scale=0.19)
     place = "a crossroads" if crossing else "a curved road" if bend else "a straight road"
     detail = "at a crossing" if crossing else "in a bend" if bend else "along a straight line"
-    return pen, Facts("road", "car", "cars", count, colour, None, ground, f"on a road through the {ground}", place, detail)
+    return pen, Facts(
+        "road", "car", "cars", count, colour, None, ground, f"on a road through the {ground}", place, detail
+    )
 
 
 def roundabout(pen_on, rng):
-    ground, colour, count = str(rng.choice(["grass", "sand", "snow"])), str(rng.choice(["red", "blue", "white", "yellow"])), int(rng.integers(1, 6))
+    ground, colour, count = (
+        str(rng.choice(["grass", "sand", "snow"])),
+        str(rng.choice(["red", "blue", "white", "yellow"])),
+        int(rng.integers(1, 6)),
+    )
     pen = pen_on(ground)
     for turn in (1, 1j):
         pen.band(np.linspace(-1.6, 1.6, 8) * turn, 0.34, "asphalt")
@@ -242,11 +271,25 @@ def roundabout(pen_on, rng):
     for a in rng.uniform(0, 6.28) + np.arange(count) * 2 * math.pi / count:
         car(pen.moved(0.53 * cmath.exp(1j * a), scale=0.19, angle=a + math.pi / 2), colour)
     detail = "around some trees" if trees else "around a green circle"
-    return pen, Facts("roundabout", "car", "cars", count, colour, None, ground, f"on a roundabout in the {ground}", "a roundabout", detail)
+    return pen, Facts(
+        "roundabout",
+        "car",
+        "cars",
+        count,
+        colour,
+        None,
+        ground,
+        f"on a roundabout in the {ground}",
+        "a roundabout",
+        detail,
+    )
 
 
 def railway(pen_on, rng):
-    ground, colour = str(rng.choice(["grass", "sand", "soil", "snow"])), str(rng.choice(["red", "blue", "white", "green"]))
+    ground, colour = (
+        str(rng.choice(["grass", "sand", "soil", "snow"])),
+        str(rng.choice(["red", "blue", "white", "green"])),
+    )
     tracks, count = int(rng.integers(2, 5)), int(rng.integers(1, 3))
     pen, rows = pen_on(ground), (np.arange(tracks) - (tracks - 1) / 2) * 0.36
     for y in rows:
@@ -261,7 +304,9 @@ def railway(pen_on, rng):
             pen.box(complex(head + 0.36 - 0.42 * i, y), 0.38, 0.2, rgb, shadow=0.03)
             pen.box(complex(head + 0.36 - 0.42 * i, y), 0.26, 0.06, darker(rgb))
     detail = f"with {('two', 'three', 'four')[tracks - 2]} tracks"
-    return pen, Facts("railway", "train", "trains", count, colour, None, ground, f"on rails through the {ground}", "a railway", detail)
+    return pen, Facts(
+        "railway", "train", "trains", count, colour, None, ground, f"on rails through the {ground}", "a railway", detail
+    )
 
 
 def beach(pen_on, rng):
@@ -274,7 +319,9 @@ def beach(pen_on, rng):
     for depth in (0.0, 0.14, 0.3)[: 3 if waves else 1]:
         pen.line(shore - 1j * depth, 0.045, (232, 240, 242))
     for i in range(count):
-        at = complex((i - (count - 1) / 2) * min(0.32, 1.5 / count), 0.36 + (0.22 if i % 2 else 0) + rng.uniform(-0.04, 0.04))
+        at = complex(
+            (i - (count - 1) / 2) * min(0.32, 1.5 / count), 0.36 + (0.22 if i % 2 else 0) + rng.uniform(-0.04, 0.04)
+        )
         pen.disc(at, 0.14, pen.colour(colour), shadow=0.05)
         for a in range(0, 6, 2):
             wedge = at + 0.14 * np.exp(1j * np.linspace(a * 1.047, (a + 1) * 1.047, 5))
@@ -296,7 +343,18 @@ def farmland(pen_on, rng):
     if road_between:
         pen.band(np.linspace(-1.6, 1.6, 8) + (0j if count > 2 else 0.55j), 0.1, "asphalt")
     detail = "along a narrow road" if road_between else "in the open country"
-    return pen, Facts("farmland", "striped field", "striped fields", count, colour, None, ground, f"on the {ground}", "farmland", detail)
+    return pen, Facts(
+        "farmland",
+        "striped field",
+        "striped fields",
+        count,
+        colour,
+        None,
+        ground,
+        f"on the {ground}",
+        "farmland",
+        detail,
+    )
 
 
 def forest(pen_on, rng):
@@ -308,7 +366,10 @@ def forest(pen_on, rng):
         pen.band(winding(rng, bend=0.15) + 0.1j, 0.07, "sand")
     spots, room = places(count, "scattered", rng)
     for spot in spots:
-        rgb, lobes = pen.near({"blue": (62, 128, 190), "green": (84, 170, 120), "brown": (128, 96, 62)}[colour]), rng.uniform(0, 6.28)
+        rgb, lobes = (
+            pen.near({"blue": (62, 128, 190), "green": (84, 170, 120), "brown": (128, 96, 62)}[colour]),
+            rng.uniform(0, 6.28),
+        )
         a = np.linspace(0, 2 * math.pi, 30, endpoint=False)
         pond = spot + room * (0.8 + 0.16 * np.sin(3 * a + lobes)) * np.exp(1j * a)
         pen.polygon(spot + 1.12 * (pond - spot), (150, 140, 96))
@@ -317,7 +378,16 @@ def forest(pen_on, rng):
     return pen, Facts("forest", "pond", "ponds", count, colour, None, "forest", "in the forest", "a forest", detail)
 
 
-LAND = {"river": river, "bridge": bridge, "road": road, "roundabout": roundabout, "railway": railway, "beach": beach, "farmland": farmland, "forest": forest}
+LAND = {
+    "river": river,
+    "bridge": bridge,
+    "road": road,
+    "roundabout": roundabout,
+    "railway": railway,
+    "beach": beach,
+    "farmland": farmland,
+    "forest": forest,
+}
 LABELS = (*THINGS, *LAND)
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from rsfast.harma.scenes.pen import Pen, darker
+from rsfast.harma.scenes.pen import RGB, Pen, darker
 from rsfast.harma.scenes.things import Facts, count_and_arrangement, places
 
 WHITE, DARK, WOOD, SKIN = (240, 240, 236), (45, 48, 55), (122, 84, 52), (224, 178, 146)
@@ -73,26 +73,11 @@ def table(pen: Pen, colour: str) -> None:
     pen.box(0.3j, 1.9, 0.12, darker(rgb))
 
 
-def chair(pen: Pen, colour: str) -> None:
-    rgb = pen.colour(colour)
-    for x in (-0.4, 0.4):
-        pen.box(complex(x, 0.65), 0.12, 0.7, darker(rgb))
-    pen.box(-0.4j, 0.92, 0.9, rgb)
-    pen.box(-0.4j, 0.55, 0.5, darker(rgb))
-    pen.polygon([-0.55 + 0.4j, -0.46 + 0.1j, 0.46 + 0.1j, 0.55 + 0.4j], rgb)
-
-
 def ball(pen: Pen, colour: str) -> None:
     pen.disc(0.95j, 0.6, (60, 60, 50), flat=0.15)
     pen.disc(0.35j, 0.62, pen.colour(colour))
     pen.box(0.35j, 1.2, 0.16, WHITE)
     pen.disc(-0.2 + 0.1j, 0.12, WHITE)
-
-
-def balloon(pen: Pen, colour: str) -> None:
-    pen.line([0.2j, 0.1 + 0.6j, 1j], 0.04, DARK)
-    pen.disc(-0.3j, 0.55, pen.colour(colour), flat=1.18)
-    pen.disc(-0.2 - 0.55j, 0.12, WHITE)
 
 
 def umbrella(pen: Pen, colour: str) -> None:
@@ -101,13 +86,6 @@ def umbrella(pen: Pen, colour: str) -> None:
     arc = 0.95 * np.exp(1j * np.linspace(math.pi, 2 * math.pi, 19))
     for part in range(6):
         pen.polygon([0j, *arc[3 * part : 3 * part + 4]], rgb if part % 2 else WHITE)
-
-
-def tent(pen: Pen, colour: str) -> None:
-    rgb = pen.colour(colour)
-    pen.polygon([-0.95 + 1j, -0.55j, 0.95 + 1j], rgb)
-    pen.polygon([-0.35 + 1j, 0.1j, 0.35 + 1j], darker(rgb, 0.5))
-    pen.line([-0.55j, -0.85j], 0.05, WOOD)
 
 
 def train(pen: Pen, colour: str) -> None:
@@ -120,32 +98,99 @@ def train(pen: Pen, colour: str) -> None:
         pen.disc(complex(x, 0.85), 0.15, DARK)
 
 
-def cup(pen: Pen, colour: str) -> None:
+def plane(pen: Pen, colour: str) -> None:
     rgb = pen.colour(colour)
-    pen.disc(0.62 + 0.35j, 0.34, rgb)
-    pen.disc(0.62 + 0.35j, 0.2, (205, 205, 200))
-    pen.polygon([-0.62 - 0.3j, 0.62 - 0.3j, 0.5 + 1j, -0.5 + 1j], rgb)
-    pen.disc(-0.3j, 0.62, darker(rgb), flat=0.22)
+    pen.polygon([-0.9 - 0.05j, -1 - 0.55j, -0.75 - 0.55j, -0.5 - 0.05j], rgb)
+    pen.polygon([-0.95 - 0.05j, 0.75 - 0.05j, 1 + 0.15j, 0.75 + 0.32j, -0.6 + 0.32j], rgb)
+    pen.polygon([-0.2 + 0.15j, 0.25 + 0.15j, -0.15 + 0.7j, -0.4 + 0.7j], darker(rgb))
+    for x in np.arange(-0.55, 0.6, 0.25):
+        pen.disc(complex(x, 0.06), 0.06, DARK)
 
 
-LAND, FLOOR = ("grass", "sand", "soil", "snow", "concrete"), ("concrete", "soil", "grass")
+def tank(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.box(0.3j, 1.5, 1.2, rgb)
+    pen.disc(0.9j, 0.75, rgb, flat=0.25)
+    pen.box(0.5 + 0.3j, 0.5, 1.2, darker(rgb))
+    pen.disc(-0.3j, 0.75, darker(rgb, 0.88), flat=0.25)
+    pen.line([-0.45 - 0.2j, -0.45 + 1j], 0.06, DARK)
+
+
+def bridge(pen: Pen, colour: str) -> None:
+    rgb, arch = pen.colour(colour), 0.42 * np.exp(1j * np.linspace(math.pi, 2 * math.pi, 10))
+    pen.box(0.35j, 1.96, 1.1, rgb)
+    pen.box(-0.22j, 1.98, 0.16, darker(rgb))
+    for x in (-0.5, 0.5):
+        pen.polygon([*(x + 0.45j + arch), complex(x + 0.42, 0.95), complex(x - 0.42, 0.95)], (60, 100, 135))
+
+
+def pond(pen: Pen, colour: str) -> None:
+    pen.disc(0.4j, 0.95, (150, 140, 96), flat=0.5)
+    pen.disc(
+        0.4j,
+        0.84,
+        pen.near({"blue": (62, 128, 190), "green": (84, 170, 120), "brown": (128, 96, 62)}[colour]),
+        flat=0.46,
+    )
+    pen.line([-0.4 + 0.3j, 0.1 + 0.3j], 0.05, (225, 235, 240))
+
+
+def _seen_flat(pen: Pen, outer: RGB, inner: RGB) -> None:
+    """A rectangle on the ground, as it looks from its long side, and another within it."""
+    for grow, rgb in ((1.0, outer), (0.8, inner)):
+        pen.polygon([0.45j + grow * p for p in (-0.66 - 0.45j, 0.66 - 0.45j, 1 + 0.5j, -1 + 0.5j)], rgb)
+
+
+def court(pen: Pen, colour: str) -> None:
+    _seen_flat(pen, (60, 120, 80) if colour != "green" else (150, 75, 60), pen.colour(colour))
+    for x in (-0.4, 0.4):
+        pen.line([complex(x * 0.7, 0.15), complex(x, 0.8)], 0.04, WHITE)
+    pen.box(0.35j, 1.5, 0.2, DARK)
+    pen.line([-0.75 + 0.24j, 0.75 + 0.24j], 0.05, WHITE)
+
+
+def pool(pen: Pen, colour: str) -> None:
+    _seen_flat(pen, (222, 214, 196), pen.near({"blue": (60, 160, 220), "green": (70, 185, 150)}[colour]))
+    for x in (0.5, 0.66):
+        pen.line([complex(x, 0.7), complex(x, -0.15)], 0.05, (150, 155, 160))
+
+
+def pitch(pen: Pen, colour: str) -> None:
+    _seen_flat(pen, pen.colour(colour), (80, 155, 66))
+    pen.line([0.1j, 0.85j], 0.04, WHITE)
+    for x in (-0.72, 0.72):
+        pen.line([complex(x, 0.65), complex(x, 0.1), complex(x * 0.75, 0.0), complex(x * 0.75, 0.45)], 0.07, WHITE)
+
+
+def field(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    _seen_flat(pen, rgb, rgb)
+    for x in np.linspace(-0.9, 0.9, 8):
+        pen.line([complex(x * 0.66, 0), complex(x, 0.95)], 0.06, darker(rgb, 0.7))
+
+
+LAND = ("grass", "sand", "soil", "snow", "concrete")
 BRIGHT = ("red", "blue", "white", "yellow", "orange", "purple", "green")
 # label: the thing, the things, how to draw one, colours, grounds, place
 THINGS = {
     "house": ("house", "houses", house, ("red", "grey", "brown", "blue"), LAND, "a village"),
     "tree": ("tree", "trees", tree, ("green", "orange", "brown", "yellow"), LAND, "a park"),
-    "car": ("car", "cars", car, BRIGHT, ("asphalt", "concrete", "sand", "snow"), "a street"),
+    "car": ("car", "cars", car, BRIGHT, ("asphalt", "concrete", "sand", "snow"), "a road"),
     "person": ("person", "people", person, BRIGHT, LAND, "a meeting"),
-    "flower": ("flower", "flowers", flower, ("red", "blue", "white", "yellow", "orange", "purple"), ("grass", "soil"), "a garden"),
-    "boat": ("boat", "boats", boat, BRIGHT, ("water",), "a lake"),
-    "table": ("table", "tables", table, ("brown", "white", "green", "blue", "grey"), FLOOR, "a restaurant"),
-    "chair": ("chair", "chairs", chair, ("brown", "white", "red", "blue", "grey"), FLOOR, "a restaurant"),
+    "flower": ("flower", "flowers", flower, BRIGHT, ("grass", "soil"), "a garden"),
+    "boat": ("boat", "boats", boat, BRIGHT, ("water",), "a harbour"),
+    "table": ("table", "tables", table, ("brown", "white", "green", "blue", "grey"), LAND, "a picnic"),
     "ball": ("ball", "balls", ball, BRIGHT, LAND, "a playground"),
-    "balloon": ("balloon", "balloons", balloon, BRIGHT, LAND, "a festival"),
-    "umbrella": ("umbrella", "umbrellas", umbrella, ("red", "blue", "yellow", "green", "orange"), ("sand", "grass"), "a picnic"),
-    "tent": ("tent", "tents", tent, BRIGHT, ("grass", "sand", "soil", "snow"), "a camp"),
-    "train": ("train", "trains", train, ("red", "blue", "white", "green", "brown"), ("grass", "sand", "concrete"), "a station"),
-    "cup": ("cup", "cups", cup, ("white", "blue", "red", "grey", "purple"), FLOOR, "a breakfast"),
+    "umbrella": ("umbrella", "umbrellas", umbrella, ("red", "blue", "yellow", "green", "orange"), ("sand", "grass"), "a beach"),
+    "train": ("train", "trains", train, ("red", "blue", "white", "green"), ("grass", "sand", "soil", "snow"), "a railway"),
+    "plane": ("plane", "planes", plane, ("white", "blue", "red", "yellow"), ("concrete", "asphalt", "grass"), "an airport"),
+    "tank": ("storage tank", "storage tanks", tank, ("white", "grey", "green", "brown"), LAND, "an industrial area"),
+    "bridge": ("bridge", "bridges", bridge, ("white", "red", "grey", "brown"), ("water",), "a river"),
+    "pond": ("pond", "ponds", pond, ("blue", "green", "brown"), ("grass", "forest", "soil"), "a forest"),
+    "tennis": ("tennis court", "tennis courts", court, ("blue", "green", "orange", "purple"), ("grass", "concrete"), "a sports club"),
+    "pool": ("swimming pool", "swimming pools", pool, ("blue", "green"), ("grass", "concrete"), "a holiday resort"),
+    "football": ("football field", "football fields", pitch, ("red", "blue", "grey", "orange"), ("grass", "concrete"), "a stadium"),
+    "field": ("striped field", "striped fields", field, ("yellow", "green", "brown", "purple"), ("soil", "grass"), "farmland"),
 }  # fmt: skip
 LABELS = tuple(THINGS)
 DETAILS = ("under the sun", "under white clouds", "near some trees", "beside a long building", "in an open area")
@@ -178,10 +223,10 @@ def draw(label: str, size: int, rng: np.random.Generator) -> tuple[Pen, Facts]:
     pen = Pen(size, ground, rng)
     backdrop(pen, detail)
     spots, room = places(count, arrangement, rng)
-    flying = label == "balloon"
+    flying = label == "plane"
     for spot in sorted(spots, key=lambda p: p.imag):
         depth = 1 + 0.25 * spot.imag  # farther things are smaller
-        where = complex(spot.real, (-0.15 if flying else 0.32) + 0.62 * spot.imag)
+        where = complex(spot.real, (-0.2 if flying else 0.32) + 0.62 * spot.imag)
         one(pen.moved(where, scale=0.92 * room * depth), colour)
-    setting = "in the sky" if flying else f"{'in' if ground == 'water' else 'on'} the {ground}"
+    setting = f"above the {ground}" if flying else f"{'in' if ground == 'water' else 'on'} the {ground}"
     return pen, Facts(label, thing, plural, count, colour, arrangement, ground, setting, place, detail)

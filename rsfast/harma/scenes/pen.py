@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 OVERSAMPLING = 3
+GRAIN = 96  # grains along a side of the picture
 RGB = tuple[int, int, int]
 
 COLOURS: dict[str, RGB] = {
@@ -27,15 +28,16 @@ GROUNDS: dict[str, tuple[RGB, float, float]] = {
 
 
 def texture(ground: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """A square of ``size`` pixels that looks like ``ground``: mottling of two sizes and grain about the mean colour."""
+    """A square that looks like ``ground``: mottling of two sizes and grain, which do not depend on ``size``."""
     mean, mottling, grain = GROUNDS[ground]
-    noise = np.zeros((size, size), np.float32)
+    noise = np.zeros((GRAIN, GRAIN), np.float32)
     for cells, strength in ((5, mottling), (13, mottling / 2)):
         coarse = Image.fromarray(rng.normal(0, strength, (cells, cells)).astype(np.float32))
-        noise += np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    noise += rng.normal(0, grain, (size, size)).astype(np.float32)
+        noise += np.asarray(coarse.resize((GRAIN, GRAIN), Image.Resampling.BICUBIC))
+    noise += rng.normal(0, grain, (GRAIN, GRAIN)).astype(np.float32)
     tint = np.array(mean, np.float32) + rng.normal(0, 3, 3).astype(np.float32)
-    return Image.fromarray((noise[..., None] + tint).clip(0, 255).astype(np.uint8))
+    square = Image.fromarray((noise[..., None] + tint).clip(0, 255).astype(np.uint8))
+    return square.resize((size, size), Image.Resampling.BILINEAR)
 
 
 class Pen:
@@ -50,7 +52,7 @@ class Pen:
 
     def __init__(self, size: int, ground: str, rng: np.random.Generator, *, angle: float = 0.0):
         self.size, self.rng = size, rng
-        self.canvas = texture(ground, size, rng).resize((size * OVERSAMPLING,) * 2, Image.Resampling.BILINEAR)
+        self.canvas = texture(ground, size * OVERSAMPLING, rng)
         self.draw = ImageDraw.Draw(self.canvas, "RGBA")
         self.shift, self.turn = 0j, cmath.exp(1j * angle)
 
@@ -91,7 +93,7 @@ class Pen:
 
     def texture(self, points: Sequence[complex], ground: str) -> None:
         """Fill a polygon with the texture of ``ground``."""
-        cover = texture(ground, self.size, self.rng).resize(self.canvas.size, Image.Resampling.BILINEAR)
+        cover = texture(ground, self.canvas.width, self.rng)
         mask = Image.new("L", self.canvas.size)
         ImageDraw.Draw(mask).polygon(self._pixels(points), fill=255)
         self.canvas.paste(cover, mask=mask)
@@ -104,11 +106,10 @@ class Pen:
         self.texture(np.concatenate([along + side, (along - side)[::-1]]), ground)
 
     def picture(self) -> Image.Image:
-        """The finished picture, averaged down to ``size`` pixels, with a little grain over all of it."""
+        """The finished picture, averaged down to ``size`` pixels, in a light of its own."""
         small = np.asarray(self.canvas.resize((self.size,) * 2, Image.Resampling.BOX), np.float32)
         light = self.rng.uniform(0.9, 1.08)
-        grain = self.rng.normal(0, 2, (self.size, self.size, 1)).astype(np.float32)
-        return Image.fromarray((small * light + grain).clip(0, 255).astype(np.uint8))
+        return Image.fromarray((small * light).clip(0, 255).astype(np.uint8))
 
     def _pixels(self, points, offset: complex = 0j) -> list[tuple[float, float]]:
         half = self.canvas.width / 2

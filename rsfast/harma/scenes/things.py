@@ -99,7 +99,9 @@ def places(count: int, arrangement: str, rng: np.random.Generator) -> tuple[list
         return [first, -first], 0.33
     if arrangement == "in two rows":
         columns, step = count // 2, min(0.8, 1.6 / (count // 2))
-        return [complex((i - (columns - 1) / 2) * step, y) for y in (-0.4, 0.4) for i in range(columns)], 0.3 if columns == 3 else 0.36
+        return [
+            complex((i - (columns - 1) / 2) * step, y) for y in (-0.4, 0.4) for i in range(columns)
+        ], 0.3 if columns == 3 else 0.36
     if arrangement in ("in a ring", "in a triangle"):
         start, room = rng.uniform(0, 2 * math.pi), 0.36 if count == 3 else 0.3
         radius = 0.5 if count == 3 else 0.6
