@@ -19,7 +19,7 @@ from rsfast.harma.data import CaptionedImages, clean_caption
 from rsfast.harma.evaluation import Evaluation, evaluate
 from rsfast.harma.figure import draw
 from rsfast.harma.measure import Measure
-from rsfast.harma.scenes import SPLITS, Scene, draw_scene, labels
+from rsfast.harma.scenes import draw_scene
 from rsfast.harma.training import TrainResult, train
 from rsfast.models import load_adapters, save_adapters
 

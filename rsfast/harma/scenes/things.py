@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import cmath
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from rsfast.harma.scenes.pen import Pen
+
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ARRANGEMENTS = (
-    "in the middle", "in a corner", "side by side", "far apart", "in a row", "in a triangle", "in two rows", "in a ring",
-    "scattered",
+    "in the middle", "in a corner", "side by side", "far apart", "in a row", "in a triangle", "in two rows",
+    "in a ring", "scattered",
 )  # fmt: skip
 
 
@@ -43,6 +46,40 @@ class Facts:
     detail: str
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of scene that is some number of the same thing on some ground.
+
+    Attributes:
+        thing: Its name.
+        draw: Draws one, given a pen and the name of a colour.
+        colours: Names, with spaces between.
+        grounds: Likewise.
+        place: What such a scene is as a whole.
+        most: How many there are at most.
+        aligned: Whether all head the same way.
+        plural: Where an s is not enough.
+    """
+
+    thing: str
+    draw: Callable[[Pen, str], None]
+    colours: str
+    grounds: str
+    place: str
+    most: int = 6
+    aligned: bool = False
+    plural: str | None = None
+
+    def facts(self, label, count, colour, arrangement, ground, setting, detail) -> Facts:
+        things = self.plural or f"{self.thing}s"
+        return Facts(label, self.thing, things, count, colour, arrangement, ground, setting, self.place, detail)
+
+
+def pick(rng: np.random.Generator, words: str) -> str:
+    """One of the words."""
+    return str(rng.choice(words.split()))
+
+
 def some(facts: Facts, *, colour: bool) -> str:
     """ "a red car", "three red cars", "three cars": the things counted, with or without their colour."""
     words = [facts.colour] if colour and facts.colour else []
@@ -71,7 +108,7 @@ def captions(facts: Facts, rng: np.random.Generator, *, number: int = 5) -> list
     return [sentences[i] for i in rng.permutation(len(sentences))[:number]]
 
 
-def count_and_arrangement(rng: np.random.Generator, *, most: int = 6) -> tuple[int, str]:
+def count_and_arrangement(rng: np.random.Generator, *, most: int) -> tuple[int, str]:
     """A number of things from 1 to ``most``, and an arrangement that such a number can show."""
     count = int(rng.integers(1, most + 1))
     fitting = {
