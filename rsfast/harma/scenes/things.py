@@ -138,11 +138,11 @@ def places(count: int, arrangement: str, rng: np.random.Generator) -> tuple[list
         columns, step = count // 2, min(0.8, 1.6 / (count // 2))
         return [
             complex((i - (columns - 1) / 2) * step, y) for y in (-0.4, 0.4) for i in range(columns)
-        ], 0.3 if columns == 3 else 0.36
+        ], 0.26 if columns == 3 else 0.36
     if arrangement in ("in a ring", "in a triangle"):
         start, room = rng.uniform(0, 2 * math.pi), 0.36 if count == 3 else 0.3
         radius = 0.5 if count == 3 else 0.6
         return [cmath.rect(radius, start + 2 * math.pi * i / count) for i in range(count)], room
     cells = rng.permutation(9)[:count]
-    spots = [complex(c % 3 - 1, c // 3 - 1) * 0.58 + complex(*rng.uniform(-0.12, 0.12, 2)) for c in cells]
-    return [p * min(1, 0.72 / abs(p)) for p in spots], 0.27  # inside the circle that any turn keeps in the picture
+    spots = [complex(c % 3 - 1, c // 3 - 1) * 0.58 + complex(*rng.uniform(-0.05, 0.05, 2)) for c in cells]
+    return [p * min(1, 0.72 / abs(p)) for p in spots], 0.24  # inside the circle that any turn keeps in the picture
