@@ -187,7 +187,7 @@ def farmland(pen_on, rng):
             field.line([x - 0.36j, x + 0.36j], 0.035, darker(rgb, 0.8))
     if road_between:
         pen.band(np.linspace(-1.6, 1.6, 8) + (0j if count > 2 else 0.55j), 0.1, "asphalt")
-    detail = "along a narrow road" if road_between else "in the open country"
+    detail = "beside a narrow road" if road_between else "in an open area"
     return pen, Facts(
         "farmland",
         "striped field",

@@ -79,6 +79,31 @@ def ball(pen: Pen, colour: str) -> None:
     pen.disc(-0.2 + 0.1j, 0.12, WHITE)
 
 
+def baseball(pen: Pen, colour: str) -> None:
+    pen.disc(0.95j, 0.6, (60, 60, 50), flat=0.15)
+    pen.disc(0.35j, 0.62, pen.colour(colour))
+    for end in (-1, 1):
+        stitches = end * (0.95 - 0.62 * np.exp(1j * np.linspace(-0.7, 0.7, 8))) + 0.35j
+        pen.line(stitches, 0.09, (190, 40, 40))
+
+
+def roundabout(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.disc(0.75j, 0.95, darker(rgb), flat=0.28)
+    pen.disc(0.62j, 0.95, rgb, flat=0.28)
+    for x in (-0.65, 0, 0.65):
+        pen.line([complex(x, 0.6), complex(x, -0.2)], 0.08, (190, 194, 198))
+    pen.line([-0.65 - 0.2j, 0.65 - 0.2j], 0.08, (190, 194, 198))
+
+
+def round_table(pen: Pen, colour: str) -> None:
+    rgb = pen.colour(colour)
+    pen.box(0.55j, 0.16, 0.9, darker(rgb))
+    pen.disc(0.95j, 0.4, darker(rgb), flat=0.2)
+    pen.disc(0.12j, 0.95, darker(rgb), flat=0.3)
+    pen.disc(0.05j, 0.95, rgb, flat=0.3)
+
+
 def umbrella(pen: Pen, colour: str) -> None:
     pen.line([-0.7j, 1j], 0.08, WOOD)
     rgb = pen.colour(colour)
@@ -95,6 +120,7 @@ def train(pen: Pen, colour: str) -> None:
         pen.box(complex(x, 0.12), 0.3, 0.34, (160, 205, 230))
     for x in (-0.65, -0.3, 0.3, 0.65):
         pen.disc(complex(x, 0.85), 0.15, DARK)
+    pen.line([-1.05 + 1.02j, 1.05 + 1.02j], 0.06, (120, 110, 104))
 
 
 def plane(pen: Pen, colour: str) -> None:
