@@ -158,3 +158,9 @@ def test_help_imports_nothing_heavy():
 def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     assert "versions" in json.loads(capsys.readouterr().out)
+
+
+def test_the_demo_is_a_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", "--help"])
+    assert stopped.value.code == 0 and "usage: rsfast demo" in capsys.readouterr().out
