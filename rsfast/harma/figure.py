@@ -33,7 +33,7 @@ def draw(path: str | Path, found: Evaluation, data: CaptionedImages, *, queries:
         _Heading("Image to text", "an image, the five nearest captions, and its own captions"),
         *(_ImageQuery(found, data, i) for i in _spread(len(found.images), queries)),
         _Heading("Text to image", "a caption, the five nearest images, and its own image"),
-        *(_TextQuery(found, data, t) for t in _spread(len(found.texts), queries)),
+        *(_TextQuery(found, data, t) for t in _spread(len(found.texts), queries, phase=0.2)),
     ]
     height = MARGIN * 2 + sum(row.height + GAP * 2 for row in rows)
     page = Image.new("RGB", (WIDTH, height), PAPER)
@@ -122,10 +122,10 @@ class _TextQuery:
         pen.text((self.TRUTH + 2, y + THUMB + 3), "truth", BLUE, _font(17))
 
 
-def _spread(count: int, queries: int) -> list[int]:
-    """``queries`` indices, each from the middle of an equal share."""
+def _spread(count: int, queries: int, phase: float = 0.5) -> list[int]:
+    """``queries`` indices, one from each equal share; ``phase`` says from where in it."""
     queries = min(queries, count)
-    return [(2 * k + 1) * count // (2 * queries) for k in range(queries)]
+    return [int((k + phase) * count / queries) for k in range(queries)]
 
 
 def _best(query, candidates) -> list[tuple[int, float]]:
