@@ -12,7 +12,7 @@ from rsfast import harma
 from rsfast.harma import demo
 from rsfast.harma.measure import Measure, resident_memory
 
-TINY = dict(everyday_scenes=26, scenes=13, test_scenes=14, epochs=2, device="cpu")
+TINY = dict(everyday_scenes=26, scenes=13, test_scenes=14, foundation_epochs=1, epochs=2, device="cpu")
 
 
 def parse(*argv):
@@ -103,18 +103,18 @@ def test_an_earlier_demo_is_replaced(done):
     assert not (out / "harma").exists() and (out / "results.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["everyday_scenes", "scenes", "test_scenes"])
-def test_too_few_scenes_are_refused_before_anything_is_written(tmp_path, name):
+@pytest.mark.parametrize("name", ["everyday_scenes", "scenes", "test_scenes", "foundation_epochs", "epochs", "seed"])
+def test_too_small_numbers_are_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(ValueError, match=name):
-        demo.run_demo(tmp_path / "out", **TINY | {name: 3})
+        demo.run_demo(tmp_path / "out", **TINY | {name: -1})
     assert not (tmp_path / "out").exists()
 
 
 def test_defaults_of_the_command_are_those_of_the_function():
     args = parse()
-    assert (args.everyday_scenes, args.scenes, args.test_scenes, args.epochs) == tuple(
-        demo.run_demo.__kwdefaults__[name] for name in ("everyday_scenes", "scenes", "test_scenes", "epochs")
-    )
+    assert {name: getattr(args, name) for name in demo.run_demo.__kwdefaults__ if name != "device"} == {
+        name: value for name, value in demo.run_demo.__kwdefaults__.items() if name != "device"
+    }
 
 
 def test_chance_is_what_random_orders_give():

@@ -36,6 +36,8 @@ MODEL = {
 }
 TRAIN_SIZE, TEST_SIZE = 96, 160  # pixels a side as drawn; the model resizes, and people look at the test scenes
 BATCH_SIZE = 64
+SCENES_A_BATCH = math.ceil(BATCH_SIZE / 5)  # five captions each
+ADAPTER_SIZE = {"bottleneck": 64, "num_heads": 4}
 # from a sweep on val scenes; each method has the rate that suits it, all else is the same
 LR = {"foundation": 1e-3, "harma": 4e-3, "full": 1e-3}
 
@@ -49,10 +51,11 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--out", default="rsfast-demo", metavar="DIR", help="folder for all that is written")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes and other weights")
-    parser.add_argument("--everyday-scenes", type=int, default=2000, metavar="N", help="to train the stand-in for CLIP")
-    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="aerial scenes to adapt to")
+    parser.add_argument("--everyday-scenes", type=int, default=2500, metavar="N", help="to train the stand-in for CLIP")
+    parser.add_argument("--scenes", type=int, default=500, metavar="N", help="aerial scenes to adapt to")
     parser.add_argument("--test-scenes", type=int, default=200, metavar="N", help="aerial scenes to measure on")
-    parser.add_argument("--epochs", type=int, default=4, help="of each training")
+    parser.add_argument("--foundation-epochs", type=int, default=3, metavar="N", help="on the everyday scenes")
+    parser.add_argument("--epochs", type=int, default=6, metavar="N", help="on the aerial scenes, of each method")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; auto is a GPU if there is one")
     parser.set_defaults(run=demo_command)
 
@@ -60,7 +63,8 @@ def add_parser(subparsers) -> None:
 def demo_command(args: argparse.Namespace) -> int:
     results = run_demo(
         args.out, seed=args.seed, everyday_scenes=args.everyday_scenes, scenes=args.scenes,
-        test_scenes=args.test_scenes, epochs=args.epochs, device=None if args.device == "auto" else args.device,
+        test_scenes=args.test_scenes, foundation_epochs=args.foundation_epochs, epochs=args.epochs,
+        device=None if args.device == "auto" else args.device,
     )  # fmt: skip
     return 0 if results["reload"]["bit_equal"] else 1
 
@@ -69,10 +73,11 @@ def run_demo(
     out: str | Path,
     *,
     seed: int = 0,
-    everyday_scenes: int = 2000,
-    scenes: int = 1000,
+    everyday_scenes: int = 2500,
+    scenes: int = 500,
     test_scenes: int = 200,
-    epochs: int = 4,
+    foundation_epochs: int = 3,
+    epochs: int = 6,
     device: str | None = None,
 ) -> dict:
     """Draw, train a stand-in foundation model, adapt it with HarMA and by full fine-tuning, measure, save, reload.
@@ -87,7 +92,8 @@ def run_demo(
         everyday_scenes: How many upright everyday scenes the stand-in foundation model learns from.
         scenes: How many aerial scenes it is adapted to.
         test_scenes: How many aerial scenes it is measured on; half as many choose the epoch.
-        epochs: Of each training; an epoch shows every scene five times, once a caption.
+        foundation_epochs: Of the stand-in foundation model; an epoch shows a scene five times, once a caption.
+        epochs: Of each method.
         device: Default: a GPU if there is one.
 
     Returns:
@@ -97,91 +103,96 @@ def run_demo(
         ValueError: A number is too small, or ``out`` holds something else.
     """
     began = time.perf_counter()
-    least = math.ceil(BATCH_SIZE / 5)
-    for name, value in (("everyday_scenes", everyday_scenes), ("scenes", scenes), ("test_scenes", test_scenes)):
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more, got {value}")
+    least = {
+        "everyday_scenes": SCENES_A_BATCH, "scenes": SCENES_A_BATCH, "test_scenes": SCENES_A_BATCH,
+        "foundation_epochs": 1, "epochs": 1, "seed": 0,
+    }  # fmt: skip
+    given = (everyday_scenes, scenes, test_scenes, foundation_epochs, epochs, seed)
+    for (name, low), value in zip(least.items(), given, strict=True):
+        if value < low:
+            raise ValueError(f"{name} must be {low} or more, got {value}")
     out = Path(out)
-    settings = dict(
-        model=MODEL, epochs=epochs, batch_size=BATCH_SIZE, seed=seed, device=device, precision="fp32", workers=0,
-        augment=False, bottleneck=64, num_heads=4, report_to="none",
-    )  # fmt: skip
-    settings["device"] = device = TrainConfig(**settings, out=str(out)).resolved().device
+    device = TrainConfig(out=str(out), device=device).resolved().device
     _claim(out)
 
-    print(f"1/5  Drawing {everyday_scenes} everyday and {scenes} aerial scenes to train on, others to test on")
+    _say(f"1/5  Drawing {everyday_scenes} everyday and {scenes} aerial scenes to train on, others to test on")
     drawn = {
         ("everyday", "train"): everyday_scenes, ("everyday", "val"): test_scenes // 2,
         ("aerial", "train"): scenes, ("aerial", "val"): test_scenes // 2, ("aerial", "test"): test_scenes,
     }  # fmt: skip
-    bar = tqdm(total=sum(drawn.values()), unit="scene")
-    data = {key: _captioned(*key, count, seed, bar) for key, count in drawn.items()}
-    bar.close()
-    _contact_sheet(out / SHEET, seed)
+    with tqdm(total=sum(drawn.values()), unit="scene") as bar:
+        data = {key: _captioned(*key, count, seed, bar) for key, count in drawn.items()}
     test = data["aerial", "test"]
+    _contact_sheet(out / SHEET, seed)
     _write_test(out, test)
 
-    def measured(run: str, domain: str, **more) -> tuple[TrainResult, Measure]:
-        config = TrainConfig(**settings | more, out=str(out / run), lr=LR[run])
+    def fit(run: str, domain: str, **more) -> tuple[TrainResult, Measure]:
+        config = TrainConfig(
+            out=str(out / run), model=MODEL, lr=LR[run], batch_size=BATCH_SIZE, seed=seed, device=device,
+            precision="fp32", workers=0, augment=False, report_to="none", **ADAPTER_SIZE, **more,
+        )  # fmt: skip
         with Measure(device) as measure:
             result = train(config, train_data=data[domain, "train"], val_data=data[domain, "val"])
+        if result.stopped is not None:
+            raise KeyboardInterrupt
         return result, measure
 
     def tested(made: models.Model) -> Evaluation:
         return evaluate(made.model.to(device), made.tokenizer, test, device=device, progress=False)
 
-    def row(found: Evaluation, result: TrainResult | None = None, measure: Measure | None = None) -> dict:
-        best = None if result is None else result.best["epoch"]
-        return {name: found.metrics[name] for name in RECALLS} | {
-            "trainable_parameters": 0 if result is None else result.trainable_parameters,
-            "seconds": 0.0 if measure is None else measure.seconds,
-            "peak_memory_bytes": 0 if measure is None else measure.peak_memory,
-            "best_epoch": best,
-        }
+    _say("2/5  Training a tiny CLIP on the everyday scenes, the stand-in for a foundation model")
+    result, _ = fit(FOUNDATION, "everyday", method="full", epochs=foundation_epochs)
+    foundation = {"parameters": result.trainable_parameters, "everyday_val_r_mean": result.best["val_r_mean"]}
+    rows = {"zero_shot": _row(tested(checkpoint.load_run(out / FOUNDATION)))}
 
-    print("2/5  Training a tiny CLIP on the everyday scenes, the stand-in for a foundation model")
-    foundation, _ = measured(FOUNDATION, "everyday", method="full")
-    everyday = foundation.best["val_r_mean"]
-    parameters = foundation.trainable_parameters
-    del foundation
-    rows = {"zero_shot": row(tested(checkpoint.load_run(out / FOUNDATION)))}
-
-    print(
-        f"3/5  Adapting it to the aerial scenes with HarMA, lr {LR[HARMA]:g}, and by full fine-tuning, lr {LR[FULL]:g}"
-    )
-    start = dict(pretrained=str(out / FOUNDATION), temperature=None)
-    result, measure = measured(FULL, "aerial", method="full", **start)
-    rows["full"] = row(tested(checkpoint.load_run(out / FULL)), result, measure)
-    result, measure = measured(HARMA, "aerial", method="harma", **start)
+    _say("3/5  Adapting it to the aerial scenes: full fine-tuning, then HarMA")
+    start = dict(pretrained=str(out / FOUNDATION), temperature=None, epochs=epochs)
+    result, measure = fit(FULL, "aerial", method="full", **start)
+    rows["full"] = _row(tested(checkpoint.load_run(out / FULL)), result, measure)
+    result, measure = fit(HARMA, "aerial", method="harma", **start)
     load_adapters(result.model, out / HARMA / ADAPTERS)  # the best epoch instead of the last
     found = tested(models.Model(result.model, result.tokenizer, MODEL, None, None))
-    rows["harma"] = row(found, result, measure)
+    rows["harma"] = _row(found, result, measure)
 
-    print("4/5  Saving the adapters, loading them into a fresh copy of the foundation model")
+    _say("4/5  Saving the adapters, loading them into a fresh copy of the foundation model")
     save_adapters(result.model, out / ADAPTERS)
     fresh = checkpoint.load_run(out / FOUNDATION)
     load_adapters(fresh.model, out / ADAPTERS)
     again = tested(fresh)
-    same = {
+    equal = {
         name: torch.equal(getattr(found, name), getattr(again, name)) for name in ("image_features", "text_features")
     }
     size = sum(file.stat().st_size for file in (out / ADAPTERS).iterdir())
 
-    print("5/5  Drawing what HarMA retrieves\n")
+    _say("5/5  Drawing what HarMA retrieves\n")
     draw(out / PICTURE, found, test)
     results = {
         "rows": {name: rows[name] for name in NAMES},
         "chance": _chance(len(test.images), len(test.texts)),
-        "foundation": {"parameters": parameters, "everyday_val_r_mean": everyday},
-        "lr": {name: LR[name] for name in (FOUNDATION, HARMA, FULL)},
+        "foundation": foundation,
+        "reload": {"bit_equal": all(equal.values()), **equal, "adapter_bytes": size},
         "scenes": {f"{domain}_{split}": count for (domain, split), count in drawn.items()},
-        "reload": {"bit_equal": all(same.values()), **same, "adapter_bytes": size},
-        "seed": seed, "epochs": epochs, "batch_size": BATCH_SIZE, "device": device, "torch": torch.__version__,
+        "lr": LR, "epochs": epochs, "foundation_epochs": foundation_epochs, "batch_size": BATCH_SIZE, "seed": seed,
+        "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
     checkpoint.write_json(out / RESULTS, results)
     _print(out, results)
     return results
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # progress bars go to the other stream and must not overtake it
+
+
+def _row(found: Evaluation, result: TrainResult | None = None, measure: Measure | None = None) -> dict:
+    """A method's recalls on the test scenes, and what training it took; nothing was trained without a result."""
+    return {name: found.metrics[name] for name in RECALLS} | {
+        "trainable_parameters": 0 if result is None else result.trainable_parameters,
+        "seconds": 0.0 if measure is None else measure.seconds,
+        "peak_memory_bytes": 0 if measure is None else measure.peak_memory,
+        "best_epoch": None if result is None else result.best["epoch"],
+    }
 
 
 def _claim(out: Path) -> None:
