@@ -21,7 +21,6 @@ from rsfast.harma.figure import draw
 from rsfast.harma.measure import Measure
 from rsfast.harma.scenes import draw_scene
 from rsfast.harma.training import TrainResult, train
-from rsfast.models import load_adapters, save_adapters
 
 RECALLS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
 NAMES = {"zero_shot": "zero-shot", "harma": "HarMA", "full": "full fine-tuning"}
@@ -102,6 +101,8 @@ def run_demo(
     Raises:
         ValueError: A number is too small, or ``out`` holds something else.
     """
+    from rsfast.models import load_adapters, save_adapters  # open_clip takes its time to import
+
     began = time.perf_counter()
     least = {
         "everyday_scenes": SCENES_A_BATCH, "scenes": SCENES_A_BATCH, "test_scenes": SCENES_A_BATCH,
