@@ -69,7 +69,8 @@ def add_adapters(
 
     Each adapter becomes the child ``adapter`` of its block, and the block's class is swapped for a subclass that calls
     it inside ``ls_2``; nothing is wrapped, so names, ``state_dict`` keys, ``lock`` and checkpointing stay as they are.
-    The adapted model's outputs equal the model's own until the first training step.
+    Until the first training step an adapter returns its input bit for bit. (PyTorch's own products may round otherwise
+    once their weights are frozen, so compare outputs with those of a frozen model.)
 
     Source: HarMA, arXiv 2404.18253; upstream ``open_clip/model.py`` and ``ResidualAttentionBlock``. Differs from
     upstream: the temperature is the model's own ``logit_scale``, and ``share="both"`` is what the paper describes.

@@ -79,7 +79,10 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> AdapterReport:
         differing += _differences("adapters", *({k: c[k] for k in config if k != "freeze"} for c in (config, mine)))
     if differing:
         raise ValueError(f"the adapters in {folder} do not fit the model: {'; '.join(differing)}")
-    plan = plan_of(model) if attached else make_plan(model, config)
+    try:
+        plan = plan_of(model) if attached else make_plan(model, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     parameters = named_parameters(model, plan)
     check_tensors(tensors, parameters, folder / WEIGHTS)
     if not attached:
@@ -134,7 +137,10 @@ def _read_config(path: pathlib.Path) -> dict:
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
     options = {k: saved["adapters"][k] for k in OPTIONS}
-    options["towers"] = tuple(options["towers"])
+    towers = options["towers"]
+    if not isinstance(towers, list) or not all(isinstance(tower, str) for tower in towers):
+        raise ValueError(f"{path}: adapters.towers must be a list of names, got {towers!r}")
+    options["towers"] = tuple(towers)
     return {"adapters": options, "model": saved["model"]}
 
 
