@@ -5,8 +5,6 @@ import sys
 import traceback
 from pathlib import Path
 
-USER_ERRORS = (ValueError, OSError, NotImplementedError)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 where it did its work, 2 where the user has to change something."""
@@ -20,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except USER_ERRORS as error:
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
         if not _meant_for_the_user(error):
             raise
         print(f"rsfast: {error}", file=sys.stderr)
@@ -31,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _meant_for_the_user(error: Exception) -> bool:
-    """Whether a line of rsfast raised it on purpose; the same type out of PyTorch is a bug, and keeps its traceback."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.is_relative_to(Path(__file__).parent)
+    """Whether the file system says no, or a ``raise`` of rsfast; anything else is a bug and keeps its traceback."""
+    if isinstance(error, OSError):
+        return True
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).is_relative_to(Path(__file__).parent) and frame.line.startswith("raise ")

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsfast.harma import model as models
-from rsfast.models import load_adapters, save_adapters
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.json"
 ADAPTERS, FULL, BASE = "adapters", "model.safetensors", "base.safetensors"
@@ -65,6 +64,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def save_best(run: Path, model: nn.Module, method: str, record: dict) -> None:
+    from rsfast.models import save_adapters
+
     if method == "harma":
         save_adapters(model, run / ADAPTERS)
     elif method == "full":
@@ -104,6 +105,8 @@ def load_run(run: str | Path) -> models.Model:
         FileNotFoundError: ``run`` is no run folder, or no epoch of it is finished.
         ValueError: A file of it is damaged; the message names it.
     """
+    from rsfast.models import load_adapters
+
     run, config = Path(run), read_config(run)
     method = config["settings"]["method"]
     if not (run / BEST).is_file():

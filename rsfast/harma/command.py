@@ -154,7 +154,7 @@ def eval_command(args: argparse.Namespace) -> int:
     _print_table(found.metrics)
     _print_broken(found.broken)
     if args.json is not None:
-        counts = {"images": len(found.images), "texts": len(found.texts), "broken_images": found.broken}
+        counts = {"images": len(found.images), "texts": len(found.texts), "broken": found.broken}
         checkpoint.write_json(Path(args.json), found.metrics | counts)
     if args.figure is not None:
         draw(args.figure, found, data)
@@ -173,6 +173,6 @@ def _print_table(metrics: dict[str, float]) -> None:
 
 def _print_broken(broken: dict[str, str]) -> None:
     if broken:
-        print(f"{len(broken)} images could not be used:", file=sys.stderr)
+        print(f"{len(broken)} images or captions could not be used:", file=sys.stderr)
         for name, reason in broken.items():
             print(f"  {name}: {reason}", file=sys.stderr)

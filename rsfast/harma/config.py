@@ -47,7 +47,7 @@ class TrainConfig:
         augment: HarMA's augmentation; False resizes only.
         max_words: Longer captions are cut.
         device: Default: a GPU if there is one.
-        strict: Stop at the first image that is missing or does not decode.
+        strict: Stop at the first image that is missing or does not decode, or caption without words.
         save_every_steps: Checkpoint inside epochs too.
         log_every_n_steps: Lines of ``metrics.jsonl``.
         report_to: ``tensorboard`` insists on it, ``none`` turns it off, None uses it if it is installed.

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +26,7 @@ class CaptionedImages:
             Default: every image is its own.
         store: Needed where ``images`` are names.
         source: Named in messages.
+        left_out: What of the source is not in here, and why.
 
     Raises:
         ValueError: A length or an index does not fit, or there are no captions.
@@ -43,6 +44,7 @@ class CaptionedImages:
     image_ids: Sequence[int] | None = None
     store: ImageStore | None = None
     source: str = "the data"
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not len(self.texts):
@@ -70,6 +72,11 @@ class CaptionedImages:
     def missing(self) -> list[str]:
         """Names that the store does not hold; cheap, nothing is decoded."""
         return [] if self.store is None else [name for name in self.images if name not in self.store]
+
+    def refuse_left_out(self) -> None:
+        """For those who want all or nothing."""
+        for where, why in self.left_out.items():
+            raise ValueError(f"{where}: {why}")
 
     def fingerprint(self) -> str:
         """Changes with the captions, their order and the images' names (not with the images' content)."""
@@ -115,7 +122,7 @@ def load_captions(
         path: ``.json``, ``.csv``, ``.tsv`` or ``.txt``.
         images: Folder or zip of the images, or an :class:`ImageStore`.
         split: Which part of a Karpathy json; other files are one split each.
-        max_words: Longer captions are cut.
+        max_words: Longer captions are cut. Captions without a word are left out, and named in the result.
         csv_img_key: Column of image names.
         csv_caption_key: Column of captions.
         csv_separator: Default: whichever of tab, comma and semicolon gives the header both columns.
@@ -135,25 +142,32 @@ def load_captions(
     else:
         raise ValueError(f"{path}: a caption file ends in .json, .csv, .tsv or .txt")
 
-    index, ids, numbers, texts, text_to_image = {}, [], {}, [], []
+    index, ids, numbers, texts, text_to_image, left_out = {}, [], {}, [], [], {}
     for where, name, captions, given in rows:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{where}: the image's name must be text, got {name!r}")
+        cleaned = []
+        for number, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"{where}: a caption of {name} must be text, got {caption!r}")
+            cleaned.append(clean_caption(caption, max_words))
+            if not cleaned[-1]:  # RSICD has captions that are a full stop
+                place = f", caption {number}" if len(captions) > 1 else ""
+                left_out[f"{where}{place}"] = f"{caption!r} of {name} has no words"
+        if not any(cleaned):
+            continue
         if index.setdefault(name, len(index)) == len(ids):
             key = ("name", name) if given is None else ("id", str(given))
             ids.append((numbers.setdefault(key, len(numbers)), given))
         elif ids[index[name]][1] != given:
             raise ValueError(f"{where}: image {name} has image_id {given!r}, and {ids[index[name]][1]!r} further up")
-        for caption in captions:
-            text = clean_caption(caption, max_words) if isinstance(caption, str) else ""
-            if not text:
-                raise ValueError(f"{where}: a caption of {name} must be text with words in it, got {caption!r}")
+        for text in filter(None, cleaned):
             texts.append(text)
             text_to_image.append(index[name])
     if not texts:
         raise ValueError(f"{path} holds no captions")
     store = images if isinstance(images, ImageStore) else ImageStore(images)
-    data = CaptionedImages(list(index), texts, text_to_image, [i for i, _ in ids], store, str(path))
+    data = CaptionedImages(list(index), texts, text_to_image, [i for i, _ in ids], store, str(path), left_out)
     missing = data.missing()
     if len(missing) == len(data.images):
         raise FileNotFoundError(
@@ -232,13 +246,15 @@ def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None,
     if lacking(separator):
         raise ValueError(f"{path}: no column {' and no column '.join(lacking(separator))} in its header {header!r}")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if row[img_key] is None or row[caption_key] is None:
-            raise ValueError(
-                f"{where}: the line is too short, it has no {img_key if row[img_key] is None else caption_key}"
-            )
-        yield where, row[img_key], [row[caption_key]], None
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            short = [key for key in (img_key, caption_key) if row[key] is None]
+            if short:
+                raise ValueError(f"{where}: the line is too short, it has no {' and no '.join(short)}")
+            yield where, row[img_key], [row[caption_key]], None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _require(row, keys: tuple[str, ...], where: str) -> None:

@@ -12,7 +12,6 @@ from rsfast.harma.data import CaptionedImages
 from rsfast.harma.loading import EvalImages, eval_collate, loader
 from rsfast.harma.model import image_settings
 from rsfast.harma.retrieval import retrieval_metrics
-from rsfast.harma.transforms import eval_transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Evaluation:
         text_to_image: (M,) into ``image_features``.
         images: For each row of ``image_features`` its index in the data.
         texts: For each row of ``text_features`` its index in the data.
-        broken: Reasons by name of the images that could not be used; they and their captions were left out.
+        broken: Reasons by name of what could not be used; an image went with its captions.
     """
 
     metrics: dict[str, float]
@@ -71,6 +70,8 @@ def evaluate(
         ValueError: An image is broken and ``strict``, or all of them are.
     """
     device = torch.device(device)
+    if strict:
+        data.refuse_left_out()
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -83,6 +84,7 @@ def evaluate(
     finally:
         for module, mode in training.items():
             module.training = mode
+    broken = dict(data.left_out) | broken
     text_to_image = torch.tensor([place[data.text_to_image[t]] for t in texts])
     metrics = retrieval_metrics(
         image_features, text_features, text_to_image.to(device), texts=[data.texts[t] for t in texts]
@@ -91,6 +93,8 @@ def evaluate(
 
 
 def _images(model, data, device, batch_size, workers, strict, progress):
+    from rsfast.harma.transforms import eval_transform  # torchvision takes its time to import
+
     transform = eval_transform(**image_settings(model))
     batches = loader(
         EvalImages(data, transform), workers=workers, pin_memory=device.type == "cuda", batch_size=batch_size,

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rsfast.harma.data import CaptionedImages
 from rsfast.harma.images import BrokenImageError
-from rsfast.harma.transforms import seeded
 
 ATTEMPTS = 50  # images tried in place of a broken one before giving up
 
@@ -17,6 +18,13 @@ ATTEMPTS = 50  # images tried in place of a broken one before giving up
 def mixed_seed(*numbers: int) -> int:
     """One seed out of several numbers; near numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(transform, image: Image.Image, seed: int) -> Tensor:
+    """``transform(image)`` as ``seed`` alone decides it; the caller's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPU's too
+        return transform(image)
 
 
 class TrainBatches(Sampler):

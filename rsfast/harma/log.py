@@ -23,7 +23,7 @@ class Log:
         if self.path.is_file():
             for line in self.path.read_text().splitlines():
                 record = json.loads(line)
-                if record["step"] <= step and "broken_images" not in record:
+                if record["step"] <= step and "broken" not in record:
                     kept.append(line + "\n")
         checkpoint.replace(self.path, lambda temporary: temporary.write_text("".join(kept)))
         if setup.summary_writer is not None:

@@ -15,7 +15,6 @@ from rsfast.harma.config import FREE, TrainConfig
 from rsfast.harma.data import CaptionedImages, load_captions
 from rsfast.harma.distributed import Processes
 from rsfast.harma.loading import mixed_seed
-from rsfast.models import add_adapters, load_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,13 @@ class Setup:
     warmup_steps: int
     state: dict | None
     summary_writer: type | None
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Captions without words."""
+        return {
+            k: why for data in (self.train_data, self.val_data) if data is not None for k, why in data.left_out.items()
+        }
 
 
 def prepare(
@@ -61,6 +67,9 @@ def prepare(
         train_data = _read(config, "train_data", "train")
     if val_data is None and (config.val_data is not None or config.method == "frozen"):
         val_data = _read(config, "val_data", "val")
+    for data in (train_data, val_data):
+        if config.strict and data is not None:
+            data.refuse_left_out()
     steps = _steps_per_epoch(config, train_data, processes.world)
 
     saved = checkpoint.read_config(run) if begun else None
@@ -153,6 +162,8 @@ def _make(config: TrainConfig, model: nn.Module | None, tokenizer, saved: dict |
 
 def _make_trainable(model: nn.Module, config: TrainConfig) -> None:
     """Adapters, or all weights, or none; the temperature; training mode."""
+    from rsfast.models import add_adapters, load_adapters
+
     model.requires_grad_(config.method == "full").train(config.method == "full")  # a frozen tower drops nothing
     if config.method == "harma":
         with torch.random.fork_rng(devices=[]):

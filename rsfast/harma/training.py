@@ -24,7 +24,6 @@ from rsfast.harma.log import Log
 from rsfast.harma.model import image_settings
 from rsfast.harma.optim import adamw, learning_rate
 from rsfast.harma.setup import Setup, prepare
-from rsfast.harma.transforms import train_transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class TrainResult:
         steps: Optimiser steps done in all.
         trainable_parameters: How many numbers were trained.
         stopped: None, or why training ended early: ``max_steps``, ``SIGINT`` or ``SIGTERM``.
-        broken: Reasons by name of the images that could not be used.
+        broken: Reasons by name of the images and captions that could not be used.
     """
 
     out: Path
@@ -112,7 +111,7 @@ class Trainer:
         self.model, self.device = setup.model, processes.device
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.towers = processes.wrap(Towers(self.model))
-        self.step, self.best, self.broken = 0, None, {}
+        self.step, self.best, self.broken = 0, None, dict(setup.left_out)
         self.signal, self.last_loss = None, None
         if not self.named:
             return
@@ -131,7 +130,7 @@ class Trainer:
                 with self._signals(), _deterministic(), torch.random.fork_rng(self._gpus()):
                     stopped = self._loop(log)
             if self.broken:
-                log.write({"step": self.step, "broken_images": self.broken})
+                log.write({"step": self.step, "broken": self.broken})
         trainable = sum(p.numel() for p in self.named.values())
         return TrainResult(
             self.setup.run, self.model, self.setup.tokenizer, self.best, self.step, trainable, stopped, self.broken
@@ -168,14 +167,14 @@ class Trainer:
                     f"loss {values['loss']:.3f}, {speed['samples_per_second']:.0f} samples/s, "
                     f"waiting for data {speed['data_wait']:.0%}"
                 )
-                rate, temperature = self.optimizer.param_groups[0]["lr"], 1 / self.model.logit_scale.exp().item()
+                self._check_finite()
+                rate, temperature = self.optimizer.param_groups[0]["lr"], (-self.model.logit_scale).exp().item()
                 log.write(
                     {"step": self.step, "epoch": epoch + 1, **values, "lr": rate, "temperature": temperature, **speed}
                 )
             if end_of_epoch:
                 bar.close()
                 bar = None
-                self._check_finite()
                 self._finish_epoch(epoch + 1, log)
                 since, waited, rows = time.perf_counter(), 0.0, 0
             stop = self._stop()
@@ -236,6 +235,8 @@ class Trainer:
         )  # fmt: skip
 
     def _batches(self, steps: range):
+        from rsfast.harma.transforms import train_transform  # torchvision takes its time to import
+
         c, data = self.config, self.setup.train_data
         transform = train_transform(**image_settings(self.model), augment=c.augment)
         batches = TrainBatches(

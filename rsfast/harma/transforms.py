@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -75,13 +74,6 @@ def train_transform(size: Sequence[int], mean: Sequence[float], std: Sequence[fl
 def eval_transform(size: Sequence[int], mean: Sequence[float], std: Sequence[float]):
     """The whole image, squashed to ``size`` (height, width) by bicubic resampling, normalised."""
     return transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), *_to_input(mean, std)])
-
-
-def seeded(transform, image: Image.Image, seed: int) -> Tensor:
-    """``transform(image)`` as ``seed`` alone decides it; the caller's random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPU's too
-        return transform(image)
 
 
 def _to_input(mean, std):
