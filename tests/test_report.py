@@ -68,7 +68,7 @@ def test_folding_in_an_older_file_replaces_nothing_newer():
         assert folded["date"] == new["date"] and [row["seconds"] for row in folded["rows"]] == [2.0]
 
 
-@pytest.mark.parametrize("key", results.KEY)
+@pytest.mark.parametrize("key", ["family", "op", "shape", "dtype", "impl", "pass"])
 def test_rows_that_differ_in_any_part_of_the_key_are_two(root, key):
     path = write(root, [a_row(), a_row(**{key: "other"})])
     assert len(results.read(path)["rows"]) == 2
