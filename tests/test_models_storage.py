@@ -98,14 +98,15 @@ def test_weights_are_cast_to_the_model(tmp_path):
     assert model.logit_scale.dtype == torch.float64 and model.logit_scale.item() == 3.5
 
 
-def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch, call):
     save_adapters(trained(), tmp_path)
     before = (tmp_path / "adapters.safetensors").read_bytes()
 
-    def full_disk(fd):
+    def full_disk(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, call, full_disk)
     other = trained()
     other.logit_scale.data.fill_(1)
     with pytest.raises(OSError, match="no space"):

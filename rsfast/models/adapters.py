@@ -36,13 +36,22 @@ class AdapterReport:
     def __str__(self) -> str:
         in_two = sum(len(owners) > 1 for owners in self.shared)
         lines = [
-            f"adapters in {len(self.placed)} blocks: {', '.join(self.placed)}",
+            f"adapters in {len(self.placed)} blocks: {_ranges(self.placed)}",
             f"sub-adapters: {len(self.shared)}, of which {in_two} are owned by a text and a vision block together",
         ]
         if self.beyond:
-            lines.append(f"own sub-adapter, beyond the other tower: {', '.join(self.beyond)}")
+            lines.append(f"own sub-adapter, beyond the other tower: {_ranges(self.beyond)}")
         lines += [f"skipped {path}: {why}" for path, why in self.skipped.items()]
         return "\n".join([*lines, f"trainable parameters: {self.trainable_parameters:,}"])
+
+
+def _ranges(paths: tuple[str, ...]) -> str:
+    """Consecutive blocks as ``transformer.resblocks.0 to 11``."""
+    stacks: dict[str, list[str]] = {}
+    for path in paths:
+        stack, _, number = path.rpartition(".")
+        stacks.setdefault(stack, []).append(number)
+    return ", ".join(f"{s}.{n[0]}" + (f" to {n[-1]}" if len(n) > 1 else "") for s, n in stacks.items())
 
 
 @dataclass

@@ -72,8 +72,8 @@ class _GatedAdapter(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``x`` with contiguous features; any other strides are fine."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """``x`` with contiguous features and a sample within reach of 32-bit offsets; any other strides are fine."""
+    return x if x.stride(2) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 def gated_adapter(

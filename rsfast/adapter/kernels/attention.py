@@ -24,13 +24,8 @@ def _project(x, w_ptr, b_ptr, row0, WIDTH: tl.constexpr, HEAD: tl.constexpr,
 
 
 @triton.jit
-def _store_lse(lse_ptr, lse, rows, head, valid, end):
-    tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, lse, 0.0), mask=rows < end)
-
-
-@triton.jit
 def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
-             WIDTH: tl.constexpr, HEADS: tl.constexpr, SAVE: tl.constexpr,
+             WIDTH: tl.constexpr, HEADS: tl.constexpr,
              BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """MHA(x) of a whole sample in registers."""
     HEAD: tl.constexpr = WIDTH // HEADS
@@ -38,7 +33,7 @@ def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end
     outs = tl.arange(0, BLOCK_R)
     x = cast(x, wi_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
-    for head in tl.range(0, HEADS, num_stages=1):
+    for head in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         first = head * HEAD
         q = _project(x, wi_ptr, bi_ptr, first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         k = _project(x, wi_ptr, bi_ptr, WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
@@ -49,9 +44,8 @@ def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end
         total = tl.sum(p, 1)
         v = _project(x, wi_ptr, bi_ptr, 2 * WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         o = dot(p, v, tl.zeros([BLOCK_L, BLOCK_H], tl.float32)) / total[:, None]
-        if SAVE:
-            store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
-            _store_lse(lse_ptr, top + tl.log2(total), rows, head, valid, end)
+        store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
+        tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, top + tl.log2(total), 0.0), mask=rows < end)
         wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
         acc = dot(o, wo.T, acc)
     return acc + vector(bo_ptr, outs, WIDTH)
@@ -59,14 +53,14 @@ def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end
 
 @triton.jit
 def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
-             WIDTH: tl.constexpr, HEADS: tl.constexpr, SAVE: tl.constexpr,
+             WIDTH: tl.constexpr, HEADS: tl.constexpr,
              BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """MHA of one tile's queries over the sample's keys; q, k and v of all heads are in memory."""
     HEAD: tl.constexpr = WIDTH // HEADS
     cols = tl.arange(0, BLOCK_H)
     outs = tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
-    for head in tl.range(0, HEADS, num_stages=1):
+    for head in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         first = head * HEAD
         q = load(qkv_ptr + first, rows, cols, 3 * WIDTH, valid, HEAD)
         o = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
@@ -85,9 +79,8 @@ def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
             o = dot(p, v, o * fade[:, None])
             top = higher
         o = o / total[:, None]
-        if SAVE:
-            store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
-            _store_lse(lse_ptr, top + tl.log2(total), rows, head, valid, end)
+        store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
+        tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, top + tl.log2(total), 0.0), mask=rows < end)
         wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
         acc = dot(o, wo.T, acc)
     return acc + vector(bo_ptr, outs, WIDTH)
@@ -96,46 +89,48 @@ def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
 @triton.jit
 def _pair(q, k, v, do, lse, delta, rows, keys, valid, HEAD: tl.constexpr,
           BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """P and dS of one block of queries and keys: P = 2^(S - lse), dS = P (dO V^T - delta)."""
-    s = dot(q, k.T, tl.zeros([BLOCK_L, BLOCK_K], tl.float32)) * (LOG2E / HEAD**0.5)
-    inside = (rows[:, None] < valid) & (keys[None, :] < valid)
-    p = tl.where(inside, tl.exp2(s - lse[:, None]), 0.0)
-    dp = dot(do, v.T, tl.zeros([BLOCK_L, BLOCK_K], tl.float32))
-    return cast(p, q.dtype), cast(p * (dp - delta[:, None]), q.dtype)
+    """Transposed P and dS of a block of queries and keys, (keys, rows): P = 2^(S - lse), dS = P (dO V^T - delta)."""
+    s = dot(k, q.T, tl.zeros([BLOCK_K, BLOCK_L], tl.float32)) * (LOG2E / HEAD**0.5)
+    inside = (keys[:, None] < valid) & (rows[None, :] < valid)
+    p = tl.where(inside, tl.exp2(s - lse[None, :]), 0.0)
+    dp = dot(v, do.T, tl.zeros([BLOCK_K, BLOCK_L], tl.float32))
+    return cast(p, q.dtype), cast(p * (dp - delta[None, :]), q.dtype)
 
 
 @triton.jit
-def resident_grad(x, dy, wi_ptr, bi_ptr, wo_ptr, o_ptr, lse_ptr, dqkv_ptr, rows, valid, end,
+def resident_grad(dx, x_ptr, dy_ptr, wi_ptr, bi_ptr, wo_ptr, o_ptr, lse_ptr, dqkv_ptr, rows, valid, end,
                   WIDTH: tl.constexpr, HEADS: tl.constexpr,
                   BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """Gradient of ``resident`` in its input; q, k and v are projected again, their gradients written out."""
+    """dx plus the gradient of ``resident`` in its input; q, k and v are projected again, their gradients written out.
+
+    x and dy are read again for each head: held in registers next to dx, they spill.
+    """
     HEAD: tl.constexpr = WIDTH // HEADS
     cols = tl.arange(0, BLOCK_H)
     outs = tl.arange(0, BLOCK_R)
-    x, dy = cast(x, wi_ptr.dtype.element_ty), cast(dy, wi_ptr.dtype.element_ty)
-    dx = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
     zero = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
-    for head in tl.range(0, HEADS, num_stages=1):
+    for head in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         first = head * HEAD
         wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
-        do = dot(dy, wo, zero)
+        do = dot(load(dy_ptr, rows, outs, WIDTH, valid, WIDTH), wo, zero)
         o = load(o_ptr + first, rows, cols, WIDTH, valid, HEAD)
         delta = tl.sum(do * o.to(tl.float32), 1)
         do = cast(do, wo.dtype)
         lse = tl.load(lse_ptr + head * end + rows, mask=rows < valid, other=0.0)
+        x = load(x_ptr, rows, outs, WIDTH, valid, WIDTH)
         q = _project(x, wi_ptr, bi_ptr, first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         k = _project(x, wi_ptr, bi_ptr, WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         v = _project(x, wi_ptr, bi_ptr, 2 * WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         p, ds = _pair(q, k, v, do, lse, delta, rows, rows, valid, HEAD, BLOCK_L, BLOCK_L)
-        dv = cast(dot(p.T, do, zero), wo.dtype)
-        dq = cast(dot(ds, k, zero) * (1 / HEAD**0.5), wo.dtype)
-        dk = cast(dot(ds.T, q, zero) * (1 / HEAD**0.5), wo.dtype)
-        store(dqkv_ptr + first, dq, rows, cols, 3 * WIDTH, valid, end, HEAD)
-        store(dqkv_ptr + WIDTH + first, dk, rows, cols, 3 * WIDTH, valid, end, HEAD)
+        dv = cast(dot(p, do, zero), wo.dtype)
         store(dqkv_ptr + 2 * WIDTH + first, dv, rows, cols, 3 * WIDTH, valid, end, HEAD)
-        dx = dot(dq, load(wi_ptr + first * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
-        dx = dot(dk, load(wi_ptr + (WIDTH + first) * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
         dx = dot(dv, load(wi_ptr + (2 * WIDTH + first) * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
+        dq = cast(dot(ds.T, k, zero) * (1 / HEAD**0.5), wo.dtype)
+        store(dqkv_ptr + first, dq, rows, cols, 3 * WIDTH, valid, end, HEAD)
+        dx = dot(dq, load(wi_ptr + first * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
+        dk = cast(dot(ds, q, zero) * (1 / HEAD**0.5), wo.dtype)
+        store(dqkv_ptr + WIDTH + first, dk, rows, cols, 3 * WIDTH, valid, end, HEAD)
+        dx = dot(dk, load(wi_ptr + (WIDTH + first) * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
     return dx
 
 
@@ -173,8 +168,8 @@ def streamed_grad_kernel(qkv_ptr, do_ptr, o_ptr, lse_ptr, dqkv_ptr, lengths_ptr,
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         lse = tl.load(lse_ptr + rows, mask=rows < valid, other=0.0)
         p, ds = _pair(q, k, v, do, lse, delta, rows, mine, valid, HEAD, BLOCK_L, BLOCK_L)
-        dv = dot(p.T, do, dv)
-        dk = dot(ds.T, q, dk)
+        dv = dot(p, do, dv)
+        dk = dot(ds, q, dk)
     q = load(q_ptr, mine, cols, 3 * WIDTH, valid, HEAD)
     do = load(do_ptr, mine, cols, WIDTH, valid, HEAD)
     o = load(o_ptr, mine, cols, WIDTH, valid, HEAD)
@@ -185,7 +180,7 @@ def streamed_grad_kernel(qkv_ptr, do_ptr, o_ptr, lse_ptr, dqkv_ptr, lengths_ptr,
         k = load(k_ptr, keys, cols, 3 * WIDTH, valid, HEAD)
         v = load(v_ptr, keys, cols, 3 * WIDTH, valid, HEAD)
         _, ds = _pair(q, k, v, do, lse, delta, mine, keys, valid, HEAD, BLOCK_L, BLOCK_L)
-        dq = dot(ds, k, dq)
+        dq = dot(ds.T, k, dq)
     dqkv_ptr += sample * L * 3 * WIDTH + first
     store(dqkv_ptr, dq * (1 / HEAD**0.5), mine, cols, 3 * WIDTH, valid, L, HEAD)
     store(dqkv_ptr + WIDTH, dk * (1 / HEAD**0.5), mine, cols, 3 * WIDTH, valid, L, HEAD)

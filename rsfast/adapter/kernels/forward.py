@@ -13,8 +13,18 @@ import triton.language as tl
 
 from rsfast.adapter.kernels.attention import resident, streamed
 from rsfast.adapter.kernels.tiles import (
-    cast, dot, gelu, linear, linear_from, linear_to, load, sample_and_tile, sigmoid_at, store, vector,
-)  # fmt: skip
+    cast,
+    dot,
+    gelu,
+    linear,
+    linear_from,
+    linear_to,
+    load,
+    sample_and_tile,
+    sigmoid_at,
+    store,
+    vector,
+)
 
 
 @triton.jit
@@ -59,7 +69,7 @@ def resident_kernel(
     B, L, D, stride_xb, stride_xl, stride_yb, stride_yl,
     R: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, SHARED_HEADS: tl.constexpr,
     FIRST: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr,
-    HAS_RGATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr,
+    HAS_RGATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -72,22 +82,23 @@ def resident_kernel(
     if FIRST:
         h = _down(x_ptr, wd_ptr, bd_ptr, a_ptr, rows, valid, L, D, stride_xl, R, BLOCK_L, BLOCK_R, BLOCK_D)
         x1 = resident(h, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr + sample * L * R, lse_ptr + sample * HEADS * L,
-                      rows, valid, L, R, HEADS, SAVE, BLOCK_L, BLOCK_R, BLOCK_H)  # fmt: skip
+                      rows, valid, L, R, HEADS, BLOCK_L, BLOCK_R, BLOCK_H)  # fmt: skip
     if SHARED:
         p = linear(x1, sd_ptr, sdb_ptr, R, S, BLOCK_L, BLOCK_R, BLOCK_S)
         q = resident(p, si_ptr, sib_ptr, so_ptr, sob_ptr, os_ptr + sample * L * S, lses_ptr + sample * SHARED_HEADS * L,
-                     rows, valid, L, S, SHARED_HEADS, SAVE, BLOCK_L, BLOCK_S, BLOCK_HS)  # fmt: skip
+                     rows, valid, L, S, SHARED_HEADS, BLOCK_L, BLOCK_S, BLOCK_HS)  # fmt: skip
         s = sigmoid_at(sgate_ptr)
         x1 += linear(s * q + (1 - s) * p, su_ptr, sub_ptr, S, R, BLOCK_L, BLOCK_S, BLOCK_R)
         store(x1_ptr + sample * L * R, x1, rows, outs, R, valid, L, R)
     if SECOND:
         if not FIRST:
-            h = cast(gelu(load(a_ptr, rows, outs, R, valid, R)), a_ptr.dtype.element_ty)
-            x1 = load(x1_ptr + sample * L * R, rows, outs, R, valid, R).to(tl.float32)
+            x1 = load(x1_ptr + sample * L * R, rows, outs, R, valid, R)
         o_ptr += (B + sample) * L * R
         lse_ptr += (B + sample) * HEADS * L
         x2 = resident(x1, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr,
-                      rows, valid, L, R, HEADS, SAVE, BLOCK_L, BLOCK_R, BLOCK_H)  # fmt: skip
+                      rows, valid, L, R, HEADS, BLOCK_L, BLOCK_R, BLOCK_H)  # fmt: skip
+        if not FIRST:
+            h = cast(gelu(load(a_ptr, rows, outs, R, valid, R)), a_ptr.dtype.element_ty)
         _mix_up(h, x2, gate_ptr, wu_ptr, bu_ptr, rgate_ptr, x_ptr, y_ptr + sample * stride_yb,
                 rows, valid, L, D, stride_xl, stride_yl, R, HAS_RGATE, BLOCK_L, BLOCK_R, BLOCK_D)  # fmt: skip
 
@@ -119,7 +130,7 @@ def first_kernel(
     sample, tile, valid = sample_and_tile(lengths_ptr, L, tiles, HAS_LENGTHS)
     rows = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     x1 = streamed(qkv_ptr + sample * L * 3 * R, wo_ptr, bo_ptr, o_ptr + sample * L * R, lse_ptr + sample * HEADS * L,
-                  rows, valid, L, R, HEADS, True, BLOCK_L, BLOCK_R, BLOCK_H, BLOCK_K)  # fmt: skip
+                  rows, valid, L, R, HEADS, BLOCK_L, BLOCK_R, BLOCK_H, BLOCK_K)  # fmt: skip
     if SHARED:
         p = linear(x1, sd_ptr, sdb_ptr, R, S, BLOCK_L, BLOCK_R, BLOCK_S)
         next_ptr += sample * L * 3 * S
@@ -133,7 +144,7 @@ def first_kernel(
 def shared_kernel(
     qkvs_ptr, o_ptr, wi_ptr, bi_ptr, wo_ptr, bo_ptr, sd_ptr, sdb_ptr, so_ptr, sob_ptr, su_ptr, sub_ptr, sgate_ptr,
     lengths_ptr, os_ptr, lses_ptr, qkv_ptr, L, tiles,
-    R: tl.constexpr, S: tl.constexpr, SHARED_HEADS: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, SHARED_HEADS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_HS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +153,7 @@ def shared_kernel(
     rows = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     q = streamed(qkvs_ptr + sample * L * 3 * S, so_ptr, sob_ptr, os_ptr + sample * L * S,
                  lses_ptr + sample * SHARED_HEADS * L, rows, valid, L,
-                 S, SHARED_HEADS, SAVE, BLOCK_L, BLOCK_S, BLOCK_HS, BLOCK_K)  # fmt: skip
+                 S, SHARED_HEADS, BLOCK_L, BLOCK_S, BLOCK_HS, BLOCK_K)  # fmt: skip
     x1, p, z = shared_mix(o_ptr + sample * L * R, q, wo_ptr, bo_ptr, sd_ptr, sdb_ptr, sgate_ptr,
                           rows, valid, R, S, BLOCK_L, BLOCK_R, BLOCK_S)  # fmt: skip
     x1 += linear(z, su_ptr, sub_ptr, S, R, BLOCK_L, BLOCK_S, BLOCK_R)
@@ -165,14 +176,14 @@ def shared_mix(o_ptr, q, wo_ptr, bo_ptr, sd_ptr, sdb_ptr, sgate_ptr, rows, valid
 def second_kernel(
     qkv_ptr, a_ptr, x_ptr, wo_ptr, bo_ptr, wu_ptr, bu_ptr, gate_ptr, rgate_ptr, lengths_ptr, y_ptr, o_ptr, lse_ptr,
     L, D, tiles, stride_xb, stride_xl, stride_yb, stride_yl,
-    R: tl.constexpr, HEADS: tl.constexpr, HAS_RGATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr,
+    R: tl.constexpr, HEADS: tl.constexpr, HAS_RGATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Second attention, both gates, up-projection and residual."""
     sample, tile, valid = sample_and_tile(lengths_ptr, L, tiles, HAS_LENGTHS)
     rows = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     x2 = streamed(qkv_ptr + sample * L * 3 * R, wo_ptr, bo_ptr, o_ptr + sample * L * R, lse_ptr + sample * HEADS * L,
-                  rows, valid, L, R, HEADS, SAVE, BLOCK_L, BLOCK_R, BLOCK_H, BLOCK_K)  # fmt: skip
+                  rows, valid, L, R, HEADS, BLOCK_L, BLOCK_R, BLOCK_H, BLOCK_K)  # fmt: skip
     h = gelu(load(a_ptr + sample * L * R, rows, tl.arange(0, BLOCK_R), R, valid, R))
     _mix_up(h, x2, gate_ptr, wu_ptr, bu_ptr, rgate_ptr, x_ptr + sample * stride_xb, y_ptr + sample * stride_yb,
             rows, valid, L, D, stride_xl, stride_yl, R, HAS_RGATE, BLOCK_L, BLOCK_R, BLOCK_D)  # fmt: skip

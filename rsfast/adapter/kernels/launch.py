@@ -40,10 +40,9 @@ class _Call:
     def new(self, *shape, dtype=None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
-    def options(self, blocks: str, **more) -> dict:
-        return dict(
-            HAS_LENGTHS=self.lengths is not None, num_warps=self.plan.num_warps, **self.plan.blocks(blocks), **more
-        )
+    def options(self, blocks: str, resident: bool = False) -> dict:
+        warps = self.plan.resident_warps if resident else self.plan.num_warps
+        return dict(HAS_LENGTHS=self.lengths is not None, num_warps=warps, **self.plan.blocks(blocks))
 
 
 def fwd(
@@ -52,21 +51,19 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and what backward needs: a, o and lse of both attentions, o and lse of the shared one (empty if not saved)."""
     c = _Call(x, weights, residual_gate, shared, lengths, heads, shared_heads, dtype)
-    B, L, D, R, S = c.B, c.L, c.D, c.R, c.S
+    B, L, R, S = c.B, c.L, c.R, c.S
     y = torch.empty_like(x)
-    keep = (B if save or not c.plan.resident else 0, L)  # the resident kernels need no memory between attentions
-    a, o = c.new(B, L, R), c.new(2, *keep, R)
-    lse = c.new(2, keep[0], heads, L, dtype=torch.float32)
-    kept = keep if c.has_shared else (0, L)
-    os, lses = c.new(*kept, S), c.new(kept[0], shared_heads, L, dtype=torch.float32)
+    a, o, lse = c.new(B, L, R), c.new(2, B, L, R), c.new(2, B, heads, L, dtype=torch.float32)
+    Bs = B if c.has_shared else 0
+    os, lses = c.new(Bs, L, S), c.new(Bs, shared_heads, L, dtype=torch.float32)
     if x.numel():
-        (_resident_forward if c.plan.resident else _streamed_forward)(c, y, a, o, lse, os, lses, save)
+        (_resident_forward if c.plan.resident else _streamed_forward)(c, y, a, o, lse, os, lses)
     if save:
         return y, a, o, lse, os, lses
     return (y, *(c.new(0) for _ in range(2)), c.new(0, dtype=torch.float32), c.new(0), c.new(0, dtype=torch.float32))
 
 
-def _resident_forward(c: _Call, y, a, o, lse, os, lses, save):
+def _resident_forward(c: _Call, y, a, o, lse, os, lses):
     x1 = c.new(c.B, c.L, c.R) if c.has_shared else a
     halves = [(True, False), (False, True)] if c.has_shared else [(True, True)]
     for first, second in halves:
@@ -76,11 +73,11 @@ def _resident_forward(c: _Call, y, a, o, lse, os, lses, save):
             c.B, c.L, c.D, c.x.stride(0), c.x.stride(1), y.stride(0), y.stride(1),
             R=c.R, S=c.S, HEADS=c.heads, SHARED_HEADS=c.shared_heads,
             FIRST=first, SHARED=first and c.has_shared, SECOND=second,
-            HAS_RGATE=c.residual_gate is not None, SAVE=save, **c.options("L R S H HS D"),
+            HAS_RGATE=c.residual_gate is not None, **c.options("L R S H HS D", resident=True),
         )  # fmt: skip
 
 
-def _streamed_forward(c: _Call, y, a, o, lse, os, lses, save):
+def _streamed_forward(c: _Call, y, a, o, lse, os, lses):
     B, L, D, R, S, x, sh = c.B, c.L, c.D, c.R, c.S, c.x, c.shared
     grid = (B * c.tiles,)
     qkv, qkv2 = c.new(B, L, 3 * R), c.new(B, L, 3 * R)
@@ -96,12 +93,12 @@ def _streamed_forward(c: _Call, y, a, o, lse, os, lses, save):
     if c.has_shared:
         forward.shared_kernel[grid](
             qkvs, o, c.wi, c.bi, c.wo, c.bo, *sh[:2], *sh[4:], c.lengths, os, lses, qkv2, L, c.tiles,
-            R=R, S=S, SHARED_HEADS=c.shared_heads, SAVE=save, **c.options("L R S HS K N"),
+            R=R, S=S, SHARED_HEADS=c.shared_heads, **c.options("L R S HS K N"),
         )  # fmt: skip
     forward.second_kernel[grid](
         qkv2, a, x, c.wo, c.bo, c.wu, c.bu, c.gate, c.residual_gate, c.lengths, y, o[1], lse[1],
         L, D, c.tiles, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-        R=R, HEADS=c.heads, HAS_RGATE=c.residual_gate is not None, SAVE=save, **c.options("L R H K D"),
+        R=R, HEADS=c.heads, HAS_RGATE=c.residual_gate is not None, **c.options("L R H K D"),
     )  # fmt: skip
 
 
@@ -112,7 +109,7 @@ def bwd(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x (empty if not needed), the nine weights, the residual gate if any, the shared nine if any."""
     c = _Call(x, weights, residual_gate, shared, lengths, heads, shared_heads, a.dtype)
-    B, L, D, R, S = c.B, c.L, c.D, c.R, c.S
+    B, L, D, R = c.B, c.L, c.D, c.R
     programs = B * c.tiles
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     m, dm, da = (c.new(B, L, R) for _ in range(3))
@@ -121,9 +118,7 @@ def bwd(
     dbu = c.new(programs, D, dtype=torch.float32)
     share = _SharedGrads(c) if c.has_shared else None
     if x.numel():
-        (_resident_backward if c.plan.resident else _streamed_backward)(
-            c, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates, dbu, da, dx, share
-        )
+        _backward(c, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates, dbu, da, dx, share)
     dgate, drgate, dsgate = gates.sum(0).unbind()
     grads = [
         _outer(da, x.to(c.dtype)), _sum(da), _outer(dqkv, inputs), _sum(dqkv), _outer(dxo, o), _sum(dxo),
@@ -137,63 +132,62 @@ def bwd(
     return [dx, *(g.to(w.dtype) for g, w in zip(grads, owners, strict=True))]
 
 
-def _resident_backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates, dbu, da, dx, share):
-    L, D, R, S, sh, grid = c.L, c.D, c.R, c.S, c.shared, (c.B,)
-    dx1 = share.dx1 if share else dxo[0]  # without a shared part, the second attention's input is the first's output
-    backward.resident_up_grad_kernel[grid](
-        dy, a, o, lse, os, c.wi, c.bi, c.wo, c.bo, c.wu, c.bu, c.gate, c.residual_gate,
-        *sh[:2], *sh[4:], c.lengths, m, dm, dxo, dqkv, inputs, dx1, gates, dbu,
-        c.B, L, D, dy.stride(0), dy.stride(1),
-        R=R, S=S, HEADS=c.heads, SHARED=c.has_shared, HAS_RGATE=c.residual_gate is not None,
-        **c.options("L R S H D K"),
-    )  # fmt: skip
-    if share:
-        backward.resident_shared_grad_kernel[grid](
-            dx1, o, os, lses, c.wo, c.bo, *sh[:7], sh.gate, c.lengths,
-            share.x1, share.p, share.z, share.dq, share.dqkv, share.dp, dxo, gates, L,
-            R=R, S=S, SHARED_HEADS=c.shared_heads, **c.options("L R S HS"),
-        )  # fmt: skip
-    backward.resident_down_grad_kernel[grid](
-        dxo, dm, a, o, lse, dy, c.wd, c.wi, c.bi, c.wo, c.gate, c.lengths, inputs, dqkv, da, dx,
-        L, D, dy.stride(0), dy.stride(1), *_strides(dx),
-        R=R, HEADS=c.heads, NEED_DX=dx.numel() > 0, **c.options("L R H D"),
-    )  # fmt: skip
-
-
-def _streamed_backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates, dbu, da, dx, share):
-    B, L, D, R, S, sh = c.B, c.L, c.D, c.R, c.S, c.shared
+def _backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates, dbu, da, dx, share):
+    B, L, D, R, S, sh, resident = c.B, c.L, c.D, c.R, c.S, c.shared, c.plan.resident
     grid = (B * c.tiles,)
-    do, qkv = c.new(B, L, R), c.new(B, L, 3 * R)
+    do = qkv = dos = qkvs = dx1 = dp = dz = dqkvs = dqs = p = None
+    if not resident:
+        do, qkv = c.new(B, L, R), c.new(B, L, 3 * R)
+    if share:
+        dx1, dp, dqkvs, dqs, p, dz = share.dx1, share.dp, share.dqkv, share.dq, share.p, c.new(B, L, S)
+        if not resident:
+            dos, qkvs = c.new(B, L, S), c.new(B, L, 3 * S)
 
-    def attention(qkv, do, o, lse, dqkv, width, heads, head_block):
+    def streamed(qkv, do, o, lse, dqkv, width, heads, head_block):
         streamed_grad_kernel[(B * c.tiles * heads,)](
             qkv, do, o, lse, dqkv, c.lengths, L, c.tiles,
             WIDTH=width, HEADS=heads, BLOCK_H=head_block, **c.options("L"),
+        )  # fmt: skip
+
+    def whole(x, dy_, o, lse, wi, bi, wo, dqkv, dx_, width, heads, blocks, shared=False, down=False):
+        backward.resident_grad_kernel[(B,)](
+            x, dy_, o, lse, wi, bi, wo, c.lengths, dqkv, dx_, dz, dp, sh.down_weight, sh.gate, dx1,
+            dm, a, c.gate, c.wd, dy, da, dx, L, D, dy.stride(0), dy.stride(1), *_strides(dx),
+            WIDTH=width, HEADS=heads, R=R, SHARED=shared, DOWN=down, NEED_DX=dx.numel() > 0,
+            BLOCK_W=blocks[0], BLOCK_H=blocks[1], **c.options("L R D", resident=True),
         )  # fmt: skip
 
     backward.up_grad_kernel[grid](
         dy, a, o, os, c.wi, c.bi, c.wo, c.bo, c.wu, c.bu, c.gate, c.residual_gate,
         *sh[:2], *sh[4:], c.lengths, m, dm, dxo, do, inputs, qkv, gates, dbu,
         B, L, D, c.tiles, dy.stride(0), dy.stride(1),
-        R=R, S=S, SHARED=c.has_shared, HAS_RGATE=c.residual_gate is not None, **c.options("L R S D K N"),
+        R=R, S=S, SHARED=c.has_shared, STREAMED=not resident, HAS_RGATE=c.residual_gate is not None,
+        **c.options("L R S D K N"),
     )  # fmt: skip
-    attention(qkv, do, o[1], lse[1], dqkv[1], R, c.heads, c.plan.BLOCK_H)
-    dz = None
+    own = R, c.heads, (c.plan.BLOCK_R, c.plan.BLOCK_H)
+    inner = S, c.shared_heads, (c.plan.BLOCK_S, c.plan.BLOCK_HS)
+    if resident:
+        whole(inputs[1], dxo[1], o[1], lse[1], c.wi, c.bi, c.wo, dqkv[1], dx1 if share else dxo[0], *own)
+    else:
+        streamed(qkv, do, o[1], lse[1], dqkv[1], R, c.heads, c.plan.BLOCK_H)
     if share:
-        dz, dos, qkvs = c.new(B, L, S), c.new(B, L, S), c.new(B, L, 3 * S)
         backward.shared_out_grad_kernel[grid](
             dqkv[1], o, os, c.wi, c.wo, c.bo, *sh[:7], sh.gate, c.lengths,
-            share.dx1, share.x1, share.p, share.z, dz, share.dq, dos, qkvs, gates, L, c.tiles,
-            R=R, S=S, **c.options("L R S K N"),
+            dx1, share.x1, p, share.z, dz, dqs, dos, qkvs, gates, L, c.tiles,
+            R=R, S=S, STREAMED=not resident, **c.options("L R S K N"),
         )  # fmt: skip
-        attention(qkvs, dos, os, lses, share.dqkv, S, c.shared_heads, c.plan.BLOCK_HS)
-    dx1, dp, dqkvs = (share.dx1, share.dp, share.dqkv) if share else (None, None, None)
+        if resident:
+            whole(p, dqs, os, lses, *sh[2:5], dqkvs, dxo[0], *inner, shared=True)
+        else:
+            streamed(qkvs, dos, os, lses, dqkvs, S, c.shared_heads, c.plan.BLOCK_HS)
+    if resident:
+        return whole(inputs[0], dxo[0], o[0], lse[0], c.wi, c.bi, c.wo, dqkv[0], None, *own, down=True)
     backward.middle_grad_kernel[grid](
-        dqkv[1], dx1, dp, a, c.wi, c.bi, c.wo, sh.down_weight, c.lengths, dxo, do, inputs, qkv,
+        dqkv[1], dx1, dp, c.wi, c.bi, c.wo, sh.down_weight, c.lengths, dxo, do, inputs, qkv,
         dqkvs, dz, sh.in_proj_weight, sh.gate, L, c.tiles,
         R=R, S=S, SHARED=c.has_shared, **c.options("L R S K N"),
     )  # fmt: skip
-    attention(qkv, do, o, lse, dqkv, R, c.heads, c.plan.BLOCK_H)
+    streamed(qkv, do, o, lse, dqkv, R, c.heads, c.plan.BLOCK_H)
     backward.down_grad_kernel[grid](
         dqkv, dm, a, dy, c.wd, c.wi, c.gate, c.lengths, da, dx,
         L, D, c.tiles, dy.stride(0), dy.stride(1), *_strides(dx),

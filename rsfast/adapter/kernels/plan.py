@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from triton import next_power_of_2
 
-RESIDENT_LENGTH = 64  # tokens of a sample that one program can hold
-
 
 def _pad(size: int) -> int:
     """Smallest block that holds ``size`` and that a matrix product takes."""
@@ -27,6 +25,7 @@ class Plan:
     BLOCK_K: int  # step over what is contracted, or over keys
     BLOCK_N: int  # step over outputs
     num_warps: int
+    resident_warps: int  # of the kernels that hold a whole sample: few, so that each thread has registers for it
 
     def blocks(self, names: str) -> dict[str, int]:
         """The tile sizes named by their last letters: ``"L R D"``."""
@@ -37,11 +36,10 @@ def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: tor
     """Tiles that compile without spills on sm_90; from metadata only, so equal calls choose equally."""
     block_r = _pad(bottleneck)
     wide = dtype == torch.float32
-    block_l = 64
-    resident = length <= RESIDENT_LENGTH
+    tokens = 64 // (2 if block_r > 128 else 1) // (2 if wide else 1)  # what the registers of one program hold
     return Plan(
-        resident=resident,
-        BLOCK_L=min(block_l, _pad(length)),
+        resident=length <= tokens,
+        BLOCK_L=min(tokens, _pad(length)),
         BLOCK_R=block_r,
         BLOCK_S=_pad(bottleneck // 2),
         BLOCK_H=_pad(bottleneck // heads),
@@ -50,4 +48,5 @@ def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: tor
         BLOCK_K=32 if wide else 64,
         BLOCK_N=32 if wide else 64,
         num_warps=8,
+        resident_warps=4,
     )

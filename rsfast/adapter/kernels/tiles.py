@@ -15,12 +15,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """x rounded to the nearest value of ``dtype``."""
-    if INTERPRET:  # where bf16 is reached by cutting bits off
-        if dtype == tl.bfloat16:
-            if x.dtype == tl.float32:
-                bits = x.to(tl.uint32, bitcast=True)
-                bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-                x = bits.to(tl.float32, bitcast=True)
+    if INTERPRET and dtype == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter cuts the bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
@@ -41,7 +39,7 @@ def dot(a, b, acc):
 def load(ptr, rows, cols, stride, row_end, col_end):
     """ptr[rows, cols], zero outside."""
     mask = (rows[:, None] < row_end) & (cols[None, :] < col_end)
-    return tl.load(ptr + rows[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -49,7 +47,7 @@ def store(ptr, value, rows, cols, stride, valid, row_end, col_end):
     """ptr[rows, cols] = value, and zero in the rows from ``valid`` up to ``row_end``."""
     mask = (rows[:, None] < row_end) & (cols[None, :] < col_end)
     value = tl.where(rows[:, None] < valid, value, 0.0)
-    out = ptr + rows[:, None].to(tl.int64) * stride + cols[None, :]
+    out = ptr + rows[:, None] * stride + cols[None, :]
     tl.store(out, cast(value, ptr.dtype.element_ty), mask=mask)
 
 
@@ -103,20 +101,42 @@ def linear_to(x, w_ptr, b_ptr, out_ptr, rows, valid, end, IN: tl.constexpr, OUT:
 
 
 @triton.jit
+def _columns(x, block, BLOCK_L: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns ``block * BLOCK_K`` and following of a tile in registers."""
+    blocks = tl.reshape(x, [BLOCK_L, BLOCK_IN // BLOCK_K, BLOCK_K])
+    mine = tl.arange(0, BLOCK_IN // BLOCK_K)[None, :, None] == block
+    return tl.sum(tl.where(mine, blocks, 0.0), 1)
+
+
+@triton.jit
 def linear(x, w_ptr, b_ptr, IN: tl.constexpr, OUT: tl.constexpr,
            BLOCK_L: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr):  # fmt: skip
     """x @ w.T + b, all in registers."""
     outs = tl.arange(0, BLOCK_OUT)
-    w = load(w_ptr, outs, tl.arange(0, BLOCK_IN), IN, OUT, IN)  # [BLOCK_OUT, BLOCK_IN]
-    return dot(x, w.T, tl.zeros([BLOCK_L, BLOCK_OUT], tl.float32)) + vector(b_ptr, outs, OUT)
+    acc = tl.zeros([BLOCK_L, BLOCK_OUT], tl.float32)
+    if w_ptr.dtype.element_ty == tl.float32:  # no tensor cores: a long product in one piece spills
+        for block in range(BLOCK_IN // 16):
+            w = load(w_ptr, outs, block * 16 + tl.arange(0, 16), IN, OUT, IN)
+            acc = dot(_columns(x, block, BLOCK_L, BLOCK_IN, 16), w.T, acc)
+    else:
+        w = load(w_ptr, outs, tl.arange(0, BLOCK_IN), IN, OUT, IN)  # [BLOCK_OUT, BLOCK_IN]
+        acc = dot(x, w.T, acc)
+    return acc + vector(b_ptr, outs, OUT)
 
 
 @triton.jit
 def linear_grad(dy, w_ptr, IN: tl.constexpr, OUT: tl.constexpr,
                 BLOCK_L: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr):  # fmt: skip
     """dy @ w, all in registers: the input's gradient of ``linear``."""
-    w = load(w_ptr, tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), IN, OUT, IN)
-    return dot(dy, w, tl.zeros([BLOCK_L, BLOCK_IN], tl.float32))
+    ins = tl.arange(0, BLOCK_IN)
+    acc = tl.zeros([BLOCK_L, BLOCK_IN], tl.float32)
+    if w_ptr.dtype.element_ty == tl.float32:
+        for block in range(BLOCK_OUT // 16):
+            w = load(w_ptr, block * 16 + tl.arange(0, 16), ins, IN, OUT, IN)
+            acc = dot(_columns(dy, block, BLOCK_L, BLOCK_OUT, 16), w, acc)
+    else:
+        acc = dot(dy, load(w_ptr, tl.arange(0, BLOCK_OUT), ins, IN, OUT, IN), acc)
+    return acc
 
 
 @triton.jit

@@ -1,0 +1,127 @@
+"""Compiles every kernel that the operations launch, for GPUs that are not there, and prints what it costs.
+
+Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row of ``tests.cases`` is called, forward
+and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there.
+"""
+
+import argparse
+import concurrent.futures
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from rsfast import _dispatch
+
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KB a program may use
+
+
+def record(cases, dtypes, target):
+    """Distinct launches of the cases on ``target``: kernel, arguments as ``_kind`` has them, options."""
+    launches = {}
+
+    def run(self, *args, grid, warmup, **kwargs):
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
+        values = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+        launch = tuple((p.name, *_kind(p, values[p.name])) for p in self.params)
+        launches.setdefault((self, launch, tuple(options.items())), None)
+
+    original, JITFunction.run = JITFunction.run, run
+    _dispatch.capability = lambda device: target
+    try:
+        for case, dtype in itertools.product(cases, dtypes):
+            for shape in case.large or case.small:
+                _call(case, (min(shape[0], 2), *shape[1:]), dtype)
+    finally:
+        JITFunction.run = original
+    return list(launches)
+
+
+def _call(case, shape, dtype):
+    tensors = [t.requires_grad_() for t in case.inputs(shape, dtype, "cpu")]
+    y = case.call(case.public, tensors, impl="fused")
+    torch.autograd.grad(y, tensors, y)
+    with torch.no_grad():
+        case.call(case.public, tensors, impl="fused")
+
+
+def _kind(param, value):
+    """Type, constant and attribute of an argument, as Triton specialises it at a launch."""
+    if param.is_constexpr or value is None:
+        return "constexpr", value, None
+    if isinstance(value, torch.Tensor):
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+        return f"*{names.get(value.dtype, 'i32')}", None, 16
+    if isinstance(value, int):
+        if value == 1:
+            return "constexpr", 1, None
+        return "i32" if abs(value) < 2**31 else "i64", None, 16 if value % 16 == 0 else None
+    return "fp32", None, None
+
+
+def compile(launch, target):
+    """Registers, stack (bytes of spills) and shared memory of one launch on one architecture."""
+    kernel, args, options = launch
+    source = ASTSource(
+        kernel,
+        {name: kind for name, kind, _, _ in args},
+        {name: value for name, kind, value, _ in args if kind == "constexpr"},
+        {(i,): [["tt.divisibility", 16]] for i, (_, _, _, divisible) in enumerate(args) if divisible},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        pathlib.Path(cubin.name).write_bytes(built.asm["cubin"])
+        tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return dict(
+        kernel=kernel.fn.__name__, file=pathlib.Path(inspect.getfile(kernel.fn)).parent.parent.name,
+        target=target, registers=registers, stack=stack, shared=built.metadata.shared,
+        types=sorted({kind for _, kind, _, _ in args if kind.startswith("*")}),
+        constants={n: v for n, k, v, _ in args if k == "constexpr" and v is not None}, options=dict(options),
+    )  # fmt: skip
+
+
+WORK = []
+
+
+def _compile_at(index):
+    return compile(*WORK[index])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", type=int, nargs="+", choices=SHARED_MEMORY)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--cases", default="", help="only rows whose name contains this")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    options = parser.parse_args()
+    _dispatch.INTERPRET = True  # the operations take CPU tensors; the kernels themselves are compiled, not interpreted
+    _dispatch.use_fused.__globals__["INTERPRET"] = True
+    from tests.cases import CASES
+
+    cases = [case for case in CASES if options.cases in case.name and case.has_kernel()]
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    for target in options.targets:
+        WORK.extend(
+            (launch, target) for launch in record(cases, dtypes, target) if options.kernel in launch[0].fn.__name__
+        )
+    context = multiprocessing.get_context("fork")  # a launch holds functions, which do not pickle
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for result in pool.map(_compile_at, range(len(WORK))):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
