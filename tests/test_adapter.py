@@ -213,6 +213,17 @@ def test_two_adapters_own_one_sub_adapter(device):
     assert_same(twin.state_dict(), state)
 
 
+@both_impls
+def test_the_sub_adapter_keeps_its_own_heads(impl, device):
+    adapter, x = build(device, shared=True, impl=impl), draw(2, 9, 24, device=device)
+    four = adapter(x)
+    adapter.shared.num_heads = 2
+    args, shared = (x, *adapter.weights(), adapter.residual_gate), adapter.shared.weights()
+    two = rsfast.gated_adapter(*args, shared=shared, num_heads=4, shared_heads=2, impl=impl)
+    assert torch.equal(adapter(x), two) and not torch.equal(four, two)
+    assert torch.equal(four, rsfast.gated_adapter(*args, shared=shared, num_heads=4, impl=impl))
+
+
 def arguments(**changes):
     x = torch.randn(2, 5, 24)
     tensors = {name: torch.zeros(shape) for name, shape in zip(WEIGHTS, (

@@ -116,23 +116,26 @@ def test_label_smoothing_is_cross_entropys(smoothing):
     )
 
 
-@pytest.mark.parametrize("ids", (None, (3, 3, 5, 9, 5)))
+@pytest.mark.parametrize(
+    "image_ids, text_ids", ((None, None), ((3, 3, 5, 9, 5), None), ((3, 3, 5, 9, 5), (5, 3, 9, 9, 3)))
+)
 @pytest.mark.parametrize("negatives", ("all", "hardest"))
 @pytest.mark.parametrize("gamma", (0.0, 1.0, 2.0))
-def test_triplet_loss_pair_by_pair(gamma, negatives, ids):
+def test_triplet_loss_pair_by_pair(gamma, negatives, image_ids, text_ids):
     image, text = features(5)
     s, margin = (image @ text.T).tolist(), 0.4
 
     def weighed(i, j, own):
         cost = max(0.0, margin + s[i][j] - s[own][own])
-        left_out = i == j or (ids is not None and ids[i] == ids[j])
+        left_out = i == j or (image_ids is not None and image_ids[i] == (text_ids or image_ids)[j])
         return 0.0 if left_out else (1 - math.exp(-cost)) ** gamma * cost
 
     take = sum if negatives == "all" else max
     by_hand = sum(take(weighed(i, j, i) for j in range(5)) + take(weighed(j, i, i) for j in range(5)) for i in range(5))
     loss = rsfast.adaptive_triplet_loss(
         image, text, margin=margin, gamma=gamma, negatives=negatives,
-        image_ids=None if ids is None else torch.tensor(ids), mask_same_id=ids is not None,
+        image_ids=None if image_ids is None else torch.tensor(image_ids),
+        text_ids=None if text_ids is None else torch.tensor(text_ids), mask_same_id=image_ids is not None,
     )  # fmt: skip
     assert loss.item() == pytest.approx(by_hand / 2, rel=1e-12) and by_hand > 0
 
