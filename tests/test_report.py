@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import gpu, report, results
+from benchmarks import floors, gpu, report, results
 from benchmarks.arms import TIMED, caption_lengths, grid
 from benchmarks.measure import DeviceClock
 
@@ -68,7 +68,7 @@ def test_folding_in_an_older_file_replaces_nothing_newer():
         assert folded["date"] == new["date"] and [row["seconds"] for row in folded["rows"]] == [2.0]
 
 
-@pytest.mark.parametrize("key", results.KEY)
+@pytest.mark.parametrize("key", ["family", "op", "shape", "dtype", "impl", "pass"])
 def test_rows_that_differ_in_any_part_of_the_key_are_two(root, key):
     path = write(root, [a_row(), a_row(**{key: "other"})])
     assert len(results.read(path)["rows"]) == 2
@@ -165,6 +165,12 @@ def test_work_is_counted_as_the_design_counts_it():
         assert TIMED[name].flops(shape) == per_token * shape[1]
     padded, short = (TIMED[f"gated_adapter_shared{kind}"].flops((64, 77, 512)) for kind in ("", "_captions"))
     assert 0 < short < padded / 4
+
+
+def test_notes_hold_the_floors_of_the_formulas():
+    assert floors.NOTES.read_text() == floors.notes_with_table(), "run python -m benchmarks.floors"
+    assert floors.exponentials("gated_adapter", (1, 50, 768)) == 800 * 50
+    assert floors.exponentials("gated_adapter_shared", (1, 77, 512)) == 1848 * 77
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
