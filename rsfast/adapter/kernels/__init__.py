@@ -67,8 +67,10 @@ class _GatedAdapter(torch.autograd.Function):
             _rows(dy), x, *kept, weights[:WEIGHTS], residual_gate, weights[WEIGHTS:], lengths,
             *ctx.heads, ctx.needs_input_grad[0],
         )  # fmt: skip
-        drgate = None if residual_gate is None else grads.pop(WEIGHTS)
-        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, drgate, *grads
+        own, gated = grads[:WEIGHTS], residual_gate is not None
+        drgate = grads[WEIGHTS] if gated else None
+        shared = grads[WEIGHTS + gated :]
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, drgate, *own, *shared
 
 
 def _rows(x: Tensor) -> Tensor:

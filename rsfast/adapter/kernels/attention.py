@@ -24,13 +24,22 @@ def _project(x, w_ptr, b_ptr, row0, WIDTH: tl.constexpr, HEAD: tl.constexpr,
 
 
 @triton.jit
+def _finish_head(acc, o, lse, o_ptr, lse_ptr, wo_ptr, head, rows, valid, end, WIDTH: tl.constexpr, HEAD: tl.constexpr,
+                 BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Save one head's output and lse, and add its share of the output projection."""
+    cols = tl.arange(0, BLOCK_H)
+    store(o_ptr + head * HEAD, o, rows, cols, WIDTH, valid, end, HEAD)
+    tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, lse, 0.0), mask=rows < end)
+    wo = load(wo_ptr + head * HEAD, tl.arange(0, BLOCK_R), cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
+    return dot(o, wo.T, acc)
+
+
+@triton.jit
 def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
              WIDTH: tl.constexpr, HEADS: tl.constexpr,
              BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """MHA(x) of a whole sample in registers."""
     HEAD: tl.constexpr = WIDTH // HEADS
-    cols = tl.arange(0, BLOCK_H)
-    outs = tl.arange(0, BLOCK_R)
     x = cast(x, wi_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
     for head in tl.range(0, HEADS, num_stages=1, disable_licm=True):
@@ -43,12 +52,11 @@ def resident(x, wi_ptr, bi_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, 1)
         v = _project(x, wi_ptr, bi_ptr, 2 * WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
-        o = dot(p, v, tl.zeros([BLOCK_L, BLOCK_H], tl.float32)) / total[:, None]
-        store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
-        tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, top + tl.log2(total), 0.0), mask=rows < end)
-        wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
-        acc = dot(o, wo.T, acc)
-    return acc + vector(bo_ptr, outs, WIDTH)
+        o = dot(p, v, tl.zeros([BLOCK_L, BLOCK_H], tl.float32))
+        lse = top + tl.log2(total)
+        acc = _finish_head(acc, o / total[:, None], lse, o_ptr, lse_ptr, wo_ptr, head, rows, valid, end,
+                           WIDTH, HEAD, BLOCK_R, BLOCK_H)  # fmt: skip
+    return acc + vector(bo_ptr, tl.arange(0, BLOCK_R), WIDTH)
 
 
 @triton.jit
@@ -58,7 +66,6 @@ def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
     """MHA of one tile's queries over the sample's keys; q, k and v of all heads are in memory."""
     HEAD: tl.constexpr = WIDTH // HEADS
     cols = tl.arange(0, BLOCK_H)
-    outs = tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
     for head in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         first = head * HEAD
@@ -78,12 +85,10 @@ def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
             v = load(qkv_ptr + 2 * WIDTH + first, keys, cols, 3 * WIDTH, valid, HEAD)
             o = dot(p, v, o * fade[:, None])
             top = higher
-        o = o / total[:, None]
-        store(o_ptr + first, o, rows, cols, WIDTH, valid, end, HEAD)
-        tl.store(lse_ptr + head * end + rows, tl.where(rows < valid, top + tl.log2(total), 0.0), mask=rows < end)
-        wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
-        acc = dot(o, wo.T, acc)
-    return acc + vector(bo_ptr, outs, WIDTH)
+        lse = top + tl.log2(total)
+        acc = _finish_head(acc, o / total[:, None], lse, o_ptr, lse_ptr, wo_ptr, head, rows, valid, end,
+                           WIDTH, HEAD, BLOCK_R, BLOCK_H)  # fmt: skip
+    return acc + vector(bo_ptr, tl.arange(0, BLOCK_R), WIDTH)
 
 
 @triton.jit

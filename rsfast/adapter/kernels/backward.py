@@ -57,7 +57,7 @@ def _up_grad(dy_ptr, wu_ptr, bu_ptr, a_ptr, o2_ptr, wo_ptr, bo_ptr, gate_ptr, rg
         bias_terms += total[None, :] * vector(bu_ptr, ds, D)
     h = gelu(load(a_ptr, rows, ins, R, valid, R))
     store(h_ptr, h, rows, ins, R, valid, end, R)
-    x2 = linear_from(o2_ptr, wo_ptr, bo_ptr, rows, valid, R, R, BLOCK_L, BLOCK_R, BLOCK_K)
+    x2 = linear_from(o2_ptr, R, wo_ptr, bo_ptr, rows, valid, R, R, BLOCK_L, BLOCK_R, BLOCK_K)
     s = sigmoid_at(gate_ptr)
     m = s * h + (1 - s) * x2
     store(m_ptr, s_b * m, rows, ins, R, valid, end, R)
@@ -161,12 +161,12 @@ def up_grad_kernel(
     if STREAMED:
         linear_grad_to(dx2, wo_ptr, do_ptr + at, rows, valid, L, R, R, BLOCK_L, BLOCK_R, BLOCK_N)
     if SHARED:
-        q = linear_from(os_ptr + sample * L * S, so_ptr, sob_ptr, rows, valid, S, S, BLOCK_L, BLOCK_S, 16)
+        q = linear_from(os_ptr + sample * L * S, S, so_ptr, sob_ptr, rows, valid, S, S, BLOCK_L, BLOCK_S, 16)
         x1, _, z = shared_mix(o_ptr + at, q, wo_ptr, bo_ptr, sd_ptr, sdb_ptr, sgate_ptr,
                               rows, valid, R, S, BLOCK_L, BLOCK_R, BLOCK_S)  # fmt: skip
         x1 += linear(z, su_ptr, sub_ptr, S, R, BLOCK_L, BLOCK_S, BLOCK_R)
     else:
-        x1 = linear_from(o_ptr + at, wo_ptr, bo_ptr, rows, valid, R, R, BLOCK_L, BLOCK_R, BLOCK_K)
+        x1 = linear_from(o_ptr + at, R, wo_ptr, bo_ptr, rows, valid, R, R, BLOCK_L, BLOCK_R, BLOCK_K)
     store(in_ptr + second, x1, rows, outs, R, valid, L, R)
     if STREAMED:
         linear_to(x1, wi_ptr, bi_ptr, qkv_ptr + 3 * at, rows, valid, L, R, 3 * R, BLOCK_L, BLOCK_R, BLOCK_N)
@@ -217,7 +217,7 @@ def shared_out_grad_kernel(
     outs = tl.arange(0, BLOCK_R)
     inner = tl.arange(0, BLOCK_S)
     at, ats = sample * L * R, sample * L * S
-    q = linear_from(os_ptr + ats, so_ptr, sob_ptr, rows, valid, S, S, BLOCK_L, BLOCK_S, 16)
+    q = linear_from(os_ptr + ats, S, so_ptr, sob_ptr, rows, valid, S, S, BLOCK_L, BLOCK_S, 16)
     x1, p, z = shared_mix(o_ptr + at, q, wo_ptr, bo_ptr, sd_ptr, sdb_ptr, sgate_ptr,
                           rows, valid, R, S, BLOCK_L, BLOCK_R, BLOCK_S)  # fmt: skip
     store(x1_ptr + at, x1, rows, outs, R, valid, L, R)

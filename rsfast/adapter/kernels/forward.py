@@ -31,14 +31,9 @@ from rsfast.adapter.kernels.tiles import (
 def _down(x_ptr, wd_ptr, bd_ptr, a_ptr, rows, valid, end, D, stride_xl, R: tl.constexpr,
           BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """h = GELU(W_d x + b_d) of one tile; the pre-activation is written, and rounded before the GELU as it is saved."""
-    outs = tl.arange(0, BLOCK_R)
-    acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        ds = d + tl.arange(0, BLOCK_D)
-        w = load(wd_ptr, outs, ds, D, R, D)  # [BLOCK_R, BLOCK_D]
-        acc = dot(load(x_ptr, rows, ds, stride_xl, valid, D), w.T, acc)
-    a = cast(acc + vector(bd_ptr, outs, R), a_ptr.dtype.element_ty)
-    store(a_ptr, a, rows, outs, R, valid, end, R)
+    a = linear_from(x_ptr, stride_xl, wd_ptr, bd_ptr, rows, valid, D, R, BLOCK_L, BLOCK_R, BLOCK_D)
+    a = cast(a, a_ptr.dtype.element_ty)
+    store(a_ptr, a, rows, tl.arange(0, BLOCK_R), R, valid, end, R)
     return cast(gelu(a), a.dtype)
 
 
@@ -166,7 +161,7 @@ def shared_mix(o_ptr, q, wo_ptr, bo_ptr, sd_ptr, sdb_ptr, sgate_ptr, rows, valid
                R: tl.constexpr, S: tl.constexpr,
                BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """x1 = W_o o + b_o, p = W_1 x1 + b_1 and z = s q + (1 - s) p, computed again from the first attention's o."""
-    x1 = linear_from(o_ptr, wo_ptr, bo_ptr, rows, valid, R, R, BLOCK_L, BLOCK_R, 32)
+    x1 = linear_from(o_ptr, R, wo_ptr, bo_ptr, rows, valid, R, R, BLOCK_L, BLOCK_R, 32)
     p = linear(x1, sd_ptr, sdb_ptr, R, S, BLOCK_L, BLOCK_R, BLOCK_S)
     s = sigmoid_at(sgate_ptr)
     return x1, p, s * q + (1 - s) * p

@@ -40,11 +40,10 @@ class _Call:
     def new(self, *shape, dtype=None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
-    def options(self, blocks: str, resident: bool = False) -> dict:
-        warps = self.plan.resident_warps if resident else self.plan.num_warps
-        limit = (
-            dict(maxnreg=255) if self.has_shared and self.dtype == torch.float32 else {}
-        )  # else it spills to use fewer
+    def options(self, blocks: str, warps: int | None = None) -> dict:
+        crowded = self.plan.resident or (self.has_shared and self.dtype == torch.float32)
+        limit = dict(maxnreg=255) if crowded else {}  # without it the compiler spills, to use fewer registers
+        warps = warps or self.plan.num_warps
         return dict(HAS_LENGTHS=self.lengths is not None, num_warps=warps, **limit, **self.plan.blocks(blocks))
 
 
@@ -76,7 +75,7 @@ def _resident_forward(c: _Call, y, a, o, lse, os, lses):
             c.B, c.L, c.D, c.x.stride(0), c.x.stride(1), y.stride(0), y.stride(1),
             R=c.R, S=c.S, HEADS=c.heads, SHARED_HEADS=c.shared_heads,
             FIRST=first, SHARED=first and c.has_shared, SECOND=second,
-            HAS_RGATE=c.residual_gate is not None, **c.options("L R S H HS D", resident=True),
+            HAS_RGATE=c.residual_gate is not None, **c.options("L R S H HS D"),
         )  # fmt: skip
 
 
@@ -122,7 +121,7 @@ def bwd(
     share = _SharedGrads(c) if c.has_shared else None
     if x.numel():
         _backward(c, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates, dbu, da, dx, share)
-    dgate, drgate, dsgate = gates.sum(0).unbind()
+    dgate, drgate, dsgate = (g.clone() for g in gates.sum(0))  # outputs of an operator may not share memory
     grads = [
         _outer(da, x.to(c.dtype)), _sum(da), _outer(dqkv, inputs), _sum(dqkv), _outer(dxo, o), _sum(dxo),
         _outer(dy.to(c.dtype), m), dbu.sum(0), dgate,
@@ -157,7 +156,7 @@ def _backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates
             x, dy_, o, lse, wi, bi, wo, c.lengths, dqkv, dx_, dz, dp, sh.down_weight, sh.gate, dx1,
             dm, a, c.gate, c.wd, dy, da, dx, L, D, dy.stride(0), dy.stride(1), *_strides(dx),
             WIDTH=width, HEADS=heads, R=R, SHARED=shared, DOWN=down, NEED_DX=dx.numel() > 0,
-            BLOCK_W=blocks[0], BLOCK_H=blocks[1], **c.options("L R D", resident=True),
+            BLOCK_W=blocks[0], BLOCK_H=blocks[1], **c.options("L R D", c.plan.grad_warps),
         )  # fmt: skip
 
     backward.up_grad_kernel[grid](

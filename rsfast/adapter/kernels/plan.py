@@ -25,7 +25,7 @@ class Plan:
     BLOCK_K: int  # step over what is contracted, or over keys
     BLOCK_N: int  # step over outputs
     num_warps: int
-    resident_warps: int  # of the kernels that hold a whole sample: few, so that each thread has registers for it
+    grad_warps: int  # of the attention's backward over a whole sample: few, so that each thread has registers for it
 
     def blocks(self, names: str) -> dict[str, int]:
         """The tile sizes named by their last letters: ``"L R D"``."""
@@ -41,7 +41,7 @@ def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: tor
     wide = dtype == torch.float32
     large = block_r > 128 or (wide and bottleneck // heads >= 64)
     tokens = 16 if large else 32 if wide else 64  # what the registers of one program hold
-    held = tokens if capability >= 90 else min(tokens, 32)  # a whole sample, next to its attention
+    held = 16 if wide else tokens if capability >= 90 else min(tokens, 32)  # a whole sample, next to its attention
     return Plan(
         resident=length <= held,
         BLOCK_L=min(tokens, _pad(length)),
@@ -53,5 +53,5 @@ def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: tor
         BLOCK_K=32 if wide else 64,
         BLOCK_N=32 if wide else 64,
         num_warps=8,
-        resident_warps=4,
+        grad_warps=8 if wide else 4,
     )

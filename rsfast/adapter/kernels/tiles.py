@@ -76,15 +76,15 @@ def gelu_grad(a):
 
 
 @triton.jit
-def linear_from(ptr, w_ptr, b_ptr, rows, valid, IN: tl.constexpr, OUT: tl.constexpr,
+def linear_from(ptr, stride, w_ptr, b_ptr, rows, valid, IN, OUT: tl.constexpr,
                 BLOCK_L: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """ptr[rows] @ w.T + b, with the (tokens, IN) input in memory."""
+    """ptr[rows] @ w.T + b, with the (tokens, IN) input in memory; ``stride`` from token to token."""
     cols = tl.arange(0, BLOCK_OUT)
     acc = tl.zeros([BLOCK_L, BLOCK_OUT], tl.float32)
     for k in range(0, IN, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         w = load(w_ptr, cols, ks, IN, OUT, IN)  # [BLOCK_OUT, BLOCK_K]
-        acc = dot(load(ptr, rows, ks, IN, valid, IN), w.T, acc)
+        acc = dot(load(ptr, rows, ks, stride, valid, IN), w.T, acc)
     return acc + vector(b_ptr, cols, OUT)
 
 
