@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 Impl = Literal["auto", "fused", "reference"]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 def register(schema: str, launch: Callable, fake: Callable):
@@ -21,18 +24,9 @@ def register(schema: str, launch: Callable, fake: Callable):
     return getattr(torch.ops.rsfast, name).default
 
 
-@functools.cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def why_not_triton(tensor: Tensor) -> list[str]:
     """Reasons Triton cannot run on this tensor's device."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return ["Triton is not installed"]
     if not (tensor.is_cuda or INTERPRET):
         return [f"the input is on {tensor.device}, not on a GPU"]

@@ -1,7 +1,9 @@
 """Compiles every kernel that the operations launch, for GPUs that are not there, and prints what it costs.
 
 Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row of ``tests.cases`` is called, forward
-and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there.
+and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. Rows with
+benchmark shapes are taken at those and at their first small one (with two samples: the batch changes no kernel), and
+with ``--all`` the others too.
 """
 
 import argparse
@@ -41,7 +43,7 @@ def record(cases, dtypes, target):
     _dispatch.capability = lambda device: target
     try:
         for case, dtype in itertools.product(cases, dtypes):
-            for shape in case.large or case.small:
+            for shape in case.small if not case.large else (*case.large, case.small[0]):
                 _call(case, (min(shape[0], 2), *shape[1:]), dtype)
     finally:
         JITFunction.run = original
@@ -104,6 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", type=int, nargs="+", choices=SHARED_MEMORY)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--all", action="store_true", help="rows without benchmark shapes too")
     parser.add_argument("--cases", default="", help="only rows whose name contains this")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
@@ -111,7 +114,7 @@ def main():
     _dispatch.use_fused.__globals__["INTERPRET"] = True
     from tests.cases import CASES
 
-    cases = [case for case in CASES if options.cases in case.name and case.has_kernel()]
+    cases = [case for case in CASES if options.cases in case.name and (case.large or options.all) and case.has_kernel()]
     dtypes = [getattr(torch, name) for name in options.dtypes]
     for target in options.targets:
         WORK.extend(

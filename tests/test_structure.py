@@ -18,7 +18,7 @@ MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; fa
     "module": ("torch", "rsfast._dispatch", "rsfast.{family}.functional"),
 }
 # above the families: who may import whom, lowest first; each may use the public names and all rooms below it
-ROOMS = ("models", "harma", "deblora", "cli")
+ROOMS = ("models", "harma", "deblora", "info", "cli")
 
 
 def role(path):

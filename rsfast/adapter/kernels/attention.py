@@ -112,10 +112,9 @@ def resident_grad(dx, x_ptr, dy_ptr, wi_ptr, bi_ptr, wo_ptr, o_ptr, lse_ptr, dqk
     for head in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         first = head * HEAD
         wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
-        do = dot(load(dy_ptr, rows, outs, WIDTH, valid, WIDTH), wo, zero)
+        do = cast(dot(load(dy_ptr, rows, outs, WIDTH, valid, WIDTH), wo, zero), wo.dtype)
         o = load(o_ptr + first, rows, cols, WIDTH, valid, HEAD)
-        delta = tl.sum(do * o.to(tl.float32), 1)
-        do = cast(do, wo.dtype)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)  # of the rounded do, as dO V^T is: they cancel
         lse = tl.load(lse_ptr + head * end + rows, mask=rows < valid, other=0.0)
         x = load(x_ptr, rows, outs, WIDTH, valid, WIDTH)
         q = _project(x, wi_ptr, bi_ptr, first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)

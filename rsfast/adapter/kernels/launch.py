@@ -42,7 +42,10 @@ class _Call:
 
     def options(self, blocks: str, resident: bool = False) -> dict:
         warps = self.plan.resident_warps if resident else self.plan.num_warps
-        return dict(HAS_LENGTHS=self.lengths is not None, num_warps=warps, **self.plan.blocks(blocks))
+        limit = (
+            dict(maxnreg=255) if self.has_shared and self.dtype == torch.float32 else {}
+        )  # else it spills to use fewer
+        return dict(HAS_LENGTHS=self.lengths is not None, num_warps=warps, **limit, **self.plan.blocks(blocks))
 
 
 def fwd(

@@ -33,12 +33,17 @@ class Plan:
 
 
 def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: torch.dtype, capability: int) -> Plan:
-    """Tiles that compile without spills on sm_90; from metadata only, so equal calls choose equally."""
+    """Tiles that compile without spills on sm_90; from metadata only, so equal calls choose equally.
+
+    sm_80 has no wgmma, so operands of a product take registers, and a sample of 64 tokens spills.
+    """
     block_r = _pad(bottleneck)
     wide = dtype == torch.float32
-    tokens = 64 // (2 if block_r > 128 else 1) // (2 if wide else 1)  # what the registers of one program hold
+    large = block_r > 128 or (wide and bottleneck // heads >= 64)
+    tokens = 16 if large else 32 if wide else 64  # what the registers of one program hold
+    held = tokens if capability >= 90 else min(tokens, 32)  # a whole sample, next to its attention
     return Plan(
-        resident=length <= tokens,
+        resident=length <= held,
         BLOCK_L=min(tokens, _pad(length)),
         BLOCK_R=block_r,
         BLOCK_S=_pad(bottleneck // 2),

@@ -101,20 +101,42 @@ def linear_to(x, w_ptr, b_ptr, out_ptr, rows, valid, end, IN: tl.constexpr, OUT:
 
 
 @triton.jit
+def _columns(x, block, BLOCK_L: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns ``block * BLOCK_K`` and following of a tile in registers."""
+    blocks = tl.reshape(x, [BLOCK_L, BLOCK_IN // BLOCK_K, BLOCK_K])
+    mine = tl.arange(0, BLOCK_IN // BLOCK_K)[None, :, None] == block
+    return tl.sum(tl.where(mine, blocks, 0.0), 1)
+
+
+@triton.jit
 def linear(x, w_ptr, b_ptr, IN: tl.constexpr, OUT: tl.constexpr,
            BLOCK_L: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr):  # fmt: skip
     """x @ w.T + b, all in registers."""
     outs = tl.arange(0, BLOCK_OUT)
-    w = load(w_ptr, outs, tl.arange(0, BLOCK_IN), IN, OUT, IN)  # [BLOCK_OUT, BLOCK_IN]
-    return dot(x, w.T, tl.zeros([BLOCK_L, BLOCK_OUT], tl.float32)) + vector(b_ptr, outs, OUT)
+    acc = tl.zeros([BLOCK_L, BLOCK_OUT], tl.float32)
+    if w_ptr.dtype.element_ty == tl.float32:  # no tensor cores: a long product in one piece spills
+        for block in range(BLOCK_IN // 16):
+            w = load(w_ptr, outs, block * 16 + tl.arange(0, 16), IN, OUT, IN)
+            acc = dot(_columns(x, block, BLOCK_L, BLOCK_IN, 16), w.T, acc)
+    else:
+        w = load(w_ptr, outs, tl.arange(0, BLOCK_IN), IN, OUT, IN)  # [BLOCK_OUT, BLOCK_IN]
+        acc = dot(x, w.T, acc)
+    return acc + vector(b_ptr, outs, OUT)
 
 
 @triton.jit
 def linear_grad(dy, w_ptr, IN: tl.constexpr, OUT: tl.constexpr,
                 BLOCK_L: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr):  # fmt: skip
     """dy @ w, all in registers: the input's gradient of ``linear``."""
-    w = load(w_ptr, tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), IN, OUT, IN)
-    return dot(dy, w, tl.zeros([BLOCK_L, BLOCK_IN], tl.float32))
+    ins = tl.arange(0, BLOCK_IN)
+    acc = tl.zeros([BLOCK_L, BLOCK_IN], tl.float32)
+    if w_ptr.dtype.element_ty == tl.float32:
+        for block in range(BLOCK_OUT // 16):
+            w = load(w_ptr, block * 16 + tl.arange(0, 16), ins, IN, OUT, IN)
+            acc = dot(_columns(dy, block, BLOCK_L, BLOCK_OUT, 16), w, acc)
+    else:
+        acc = dot(dy, load(w_ptr, tl.arange(0, BLOCK_OUT), ins, IN, OUT, IN), acc)
+    return acc
 
 
 @triton.jit

@@ -1,0 +1,79 @@
+"""The device clock, provenance, the time budget and the results file of every benchmark."""
+
+import pathlib
+import time
+
+import pytest
+import torch
+
+from benchmarks import results
+from benchmarks.measure import DeviceClock, facts
+
+STARTED = time.monotonic()
+NO_GPU = "no GPU: every benchmark ran once at a small shape to see that it works; nothing was timed or written"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("rsfast benchmarks")
+    group.addoption("--results", type=pathlib.Path, default=results.FOLDER, help="folder of the results files")
+    group.addoption("--commit", help="what to write as the commit, for a copy of the tree without its git folder")
+    group.addoption("--budget", type=float, help="seconds after which no further benchmark starts")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if not torch.cuda.is_available():
+        config.option.benchmark_disable = True  # a wall time of small shapes on a CPU would say nothing
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "benchmark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=DeviceClock()))
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info |= results.provenance(config.getoption("commit"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not torch.cuda.is_available():
+        terminalreporter.section("benchmarks")
+        terminalreporter.write_line(NO_GPU)
+
+
+@pytest.fixture(scope="session")
+def writer(request):
+    """Results file of this GPU, its facts measured and written first; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    writer = results.Writer(request.config.getoption("results"), results.provenance(request.config.getoption("commit")))
+    writer.facts(facts())
+    return writer
+
+
+@pytest.fixture(autouse=True)
+def _within_budget(request):
+    budget = request.config.getoption("budget")
+    if budget is not None and time.monotonic() - STARTED > budget:
+        pytest.skip(f"the time budget of {budget:.0f} s is spent")
+
+
+@pytest.fixture
+def record(request, benchmark, writer):
+    """Measure by ``measure(benchmark, clock)`` and write the row; ``key`` holds the fields of results.KEY."""
+
+    def run(key: dict, measure, *, moved: int | None, flops: int) -> None:
+        benchmark.group = " ".join(str(key[name]) for name in ("op", "shape", "dtype", "pass"))
+        found = measure(benchmark, request.node.get_closest_marker("benchmark").kwargs["timer"])
+        if writer is None:
+            return
+        row = key | {"bytes": moved, "flops": flops} | found
+        writer.add(row)
+        benchmark.extra_info |= {name: row[name] for name in ("bytes", "flops", "peak_memory", "method")}
+        if moved is not None:
+            rate = moved / row["seconds"]
+            share = rate / writer.copy_rate()
+            benchmark.extra_info |= {"GB/s": round(rate / 1e9, 1), "% of copy": round(100 * share, 1)}
+
+    return run

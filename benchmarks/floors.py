@@ -1,0 +1,50 @@
+"""Floors of the gated adapter, from the formulas of tests/cases.py: what no version can run much faster than.
+
+python -m benchmarks.floors            rewrite the table in benchmarks/NOTES.md
+"""
+
+import pathlib
+
+from benchmarks.arms import TIMED, caption_lengths
+
+NOTES = pathlib.Path(__file__).parent / "NOTES.md"
+START, END = "<!-- floors:start -->", "<!-- floors:end -->"
+# rates of an H200 in units a second: a large copy and a large bf16 product as measured on one before this library was
+# written; exponentials as 16 a clock on each of 132 multiprocessors at 1.755 GHz, which nobody has measured
+COPY, PRODUCTS, EXPONENTIALS = 4.3e12, 790e12, 16 * 132 * 1.755e9
+
+
+def exponentials(name: str, shape: tuple[int, int, int]) -> int:
+    """One a score: 8 heads, two passes over the tokens, three with the sub-adapter."""
+    batch, tokens, _ = shape
+    lengths = caption_lengths(batch).clamp(max=tokens).tolist() if "captions" in name else [tokens] * batch
+    return 8 * (3 if "shared" in name else 2) * sum(n * n for n in lengths)
+
+
+def table() -> list[str]:
+    lines = [
+        "| operation | shape | pass | MB | GFLOP | G exp | bytes, us | products, us | exp, us | floor, us |",
+        "|---|---|---|" + "---:|" * 7,
+    ]
+    for name, case in TIMED.items():
+        for shape in case.large if name.startswith("gated_adapter") else ():
+            for which, backward in (("forward", False), ("backward", True)):
+                work = (
+                    case.io_bytes(shape, 2, backward=backward),
+                    case.flops(shape, backward=backward),
+                    exponentials(name, shape),  # the backward draws the probabilities again
+                )
+                times = [1e6 * amount / rate for amount, rate in zip(work, (COPY, PRODUCTS, EXPONENTIALS), strict=True)]
+                cells = [name, "x".join(map(str, shape)), which]
+                cells += [f"{work[0] / 1e6:.1f}", f"{work[1] / 1e9:.1f}", f"{work[2] / 1e9:.2f}"]
+                lines.append("| " + " | ".join([*cells, *(f"{t:.1f}" for t in (*times, max(times)))]) + " |")
+    return lines
+
+
+def notes_with_table() -> str:
+    before, _, rest = NOTES.read_text().partition(START)
+    return f"{before}{START}\n" + "\n".join(table()) + f"\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    NOTES.write_text(notes_with_table())

@@ -1,0 +1,165 @@
+"""Turns benchmarks/results/*.json into README's tables and two plots for each GPU; no number is typed by hand.
+
+    python benchmarks/report.py            rewrite README.md and the plots
+    python benchmarks/report.py --check    fail if they are not what the results say
+
+Standard library only, so that it runs anywhere.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from html import escape
+
+ROOT = pathlib.Path(__file__).parent.parent
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+NOTHING = "No GPU run yet: nothing has been measured, so no speed is claimed. `python -m benchmarks.gpu` measures it."
+COLUMNS = (  # left to right; an implementation not named here follows in alphabetical order
+    "harma", "harma-sdpa", "harma-compiled", "harma-sdpa-compiled", "reference", "reference-compiled",
+    "reference-tuned", "rsfast", "rsfast-lengths", "rsfast-compiled", "fused",
+)  # fmt: skip
+OURS = ("rsfast", "rsfast-lengths", "rsfast-compiled", "fused")
+SHOWN = ("forward", "forward+backward", "step")  # the backward alone is in the results file
+FAMILIES = ("adapter", "lora", "similarity", "kmeans", "step")
+
+
+def grouped(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """(op, shape, dtype, pass) -> implementation -> row, in a stable order."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["shape"], row["dtype"], row["pass"]), {})[row["impl"]] = row
+    return dict(sorted(groups.items(), key=lambda item: (item[0][2], item[0][0], _sizes(item[0][1]), item[0][3])))
+
+
+def _sizes(shape: str) -> list[int]:
+    return [-int(n) for n in shape.split("x")]
+
+
+def columns(groups: dict) -> list[str]:
+    """The implementations that any group has, baselines first."""
+    found = {impl for group in groups.values() for impl in group}
+    return [c for c in COLUMNS if c in found] + sorted(found - set(COLUMNS))
+
+
+def table(rows: list[dict], copy_rate: float | None) -> list[str]:
+    """Milliseconds of each implementation, the fastest in bold; how close ours is to a copy; memory; commit."""
+    groups = grouped([row for row in rows if row["pass"] in SHOWN])
+    names = columns(groups)
+    heads = ["operation, pass", "shape, dtype", *names, "GB/s (% of copy)", "peak memory, MB", "commit"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * 2 + "---:|" * (len(names) + 2) + "---|"]
+    for (op, shape, dtype, which), group in groups.items():
+        fastest = min(row["seconds"] for row in group.values())
+        cells = [f"{op}, {which}", f"{shape}, {dtype}"]
+        for name in names:
+            row = group.get(name)
+            text = "" if row is None else f"{row['seconds'] * 1e3:.3f}"
+            cells.append(f"**{text}**" if row is not None and row["seconds"] == fastest else text)
+        ours = next((group[name] for name in OURS[::-1] if name in group), None)
+        first = next(iter(name for name in names if name in group))
+        cells.append(_rate(ours, copy_rate))
+        peaks = [group[first], ours] if ours is not None and ours is not group[first] else [group[first]]
+        cells.append(" → ".join(f"{row['peak_memory'] / 1e6:.0f}" for row in peaks))
+        cells.append(", ".join(sorted({row["commit"][:8] for row in group.values()})))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _rate(row: dict | None, copy_rate: float | None) -> str:
+    if row is None or not row["bytes"]:
+        return ""
+    rate = row["bytes"] / row["seconds"]
+    return f"{rate / 1e9:.0f}" + (f" ({100 * rate / copy_rate:.0f} %)" if copy_rate else "")
+
+
+def plot(rows: list[dict], field: str, unit: str, factor: float, title: str) -> str:
+    """Horizontal bars as SVG: a group for each operation and shape, a bar for each implementation, longer is worse."""
+    groups = grouped([row for row in rows if row["pass"] in ("forward+backward", "step")])
+    names = columns(groups)
+    bar, left, width = 14, 330, 420
+    lines, y = [], 46
+    for (op, shape, dtype, _), group in groups.items():
+        longest = max(row[field] for row in group.values())
+        lines.append(f'<text x="10" y="{y + 11}" font-weight="bold">{escape(f"{op} {shape} {dtype}")}</text>')
+        y += bar + 4
+        for name in [n for n in names if n in group]:
+            value = group[name][field]
+            colour = "#d9730d" if name in OURS else "#8a94a6"
+            lines.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
+            long = width * value / max(longest, 1e-30)
+            lines.append(f'<rect x="{left}" y="{y}" width="{long:.1f}" height="{bar - 2}" fill="{colour}"/>')
+            lines.append(f'<text x="{left + width + 8}" y="{y + 11}">{value * factor:.3g} {unit}</text>')
+            y += bar
+        y += 10
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 110}" height="{y + 10}" '
+        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
+        f'<text x="10" y="24" font-size="15">{escape(title)}</text>'
+    )
+    return "\n".join([head, *lines, "</svg>"]) + "\n"
+
+
+def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
+    """The text between README's markers, and the plots by file name."""
+    parts, plots = [], {}
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        if not found["rows"]:
+            continue
+        facts = found.get("facts", {})
+        copy_rate = facts.get("copy_bytes_per_second")
+        parts.append(f"### {found['gpu']}\n")
+        copied = f", copies {copy_rate / 1e12:.2f} TB/s (read and written)" if copy_rate else ""
+        parts.append(
+            f"Driver {found['driver']}, torch {found['torch']}, triton {found['triton']}, {found['date'][:10]}{copied}."
+            " Median milliseconds of one call, device time; bold is the fastest; memory is the first column's, then "
+            f"ours. From `benchmarks/results/{path.name}`, which has every pass and row.\n"
+        )
+        present = [f for f in FAMILIES if any(r["family"] == f for r in found["rows"])]
+        for family in present + sorted({r["family"] for r in found["rows"]} - set(FAMILIES)):
+            rows = [row for row in found["rows"] if row["family"] == family]
+            parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
+        for kind, field, unit, factor in (("speed", "seconds", "ms", 1e3), ("memory", "peak_memory", "MB", 1e-6)):
+            name, title = f"{path.stem}-{kind}.svg", f"{kind}, forward and backward, {found['gpu']}: shorter is better"
+            plots[name] = plot(found["rows"], field, unit, factor, title)
+            parts.append(f"![{title}](benchmarks/results/{name})")
+        parts.append("")
+    return "\n".join(parts).rstrip() or NOTHING, plots
+
+
+def readme_with(text: str, readme: str) -> str:
+    """README with ``text`` between its markers.
+
+    Raises:
+        ValueError: README does not have each marker once, in order.
+    """
+    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
+        raise ValueError(f"README.md must have {START} and then {END}, once each")
+    before, _, rest = readme.partition(START)
+    return f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def main(root: pathlib.Path = ROOT, argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write README's benchmark tables and the plots from the results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is stale")
+    check = parser.parse_args(argv).check
+    folder = root / "benchmarks" / "results"
+    text, plots = build(folder)
+    wanted = {root / "README.md": readme_with(text, (root / "README.md").read_text())}
+    wanted |= {folder / name: svg for name, svg in plots.items()}
+    extra = [path for path in folder.glob("*.svg") if path not in wanted]
+    stale = [p for p, content in wanted.items() if not p.exists() or p.read_text() != content] + extra
+    if check:
+        for path in stale:
+            print(f"{path.relative_to(root)} is not what benchmarks/results says; run python benchmarks/report.py")
+        return int(bool(stale))
+    for path, content in wanted.items():
+        path.write_text(content)
+    for path in extra:
+        path.unlink()
+    print(f"wrote {', '.join(str(p.relative_to(root)) for p in wanted)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Images with captions, and the caption files they are read from."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from rsfast.harma.images import ImageStore
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedImages:
+    """Images, their captions, and which belongs to which: what training and evaluation read.
+
+    Args:
+        images: PIL images, or names to be looked up in ``store``.
+        texts: The captions as the tokenizer will see them.
+        text_to_image: For each caption the index of its image.
+        image_ids: For each image an integer; images of equal id are positives of each other's captions in the loss.
+            Default: every image is its own.
+        store: Needed where ``images`` are names.
+        source: Named in messages.
+        left_out: What of the source is not in here, and why.
+
+    Raises:
+        ValueError: A length or an index does not fit, or there are no captions.
+
+    Example:
+        >>> import rsfast.harma
+        >>> from PIL import Image
+        >>> data = rsfast.harma.CaptionedImages([Image.new("RGB", (8, 8))], ["a field", "green"], [0, 0])
+        >>> len(data.texts), data.load(0).size
+        (2, (8, 8))
+    """
+
+    images: Sequence
+    texts: Sequence[str]
+    text_to_image: Sequence[int]
+    image_ids: Sequence[int] | None = None
+    store: ImageStore | None = None
+    source: str = "the data"
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not len(self.texts):
+            raise ValueError(f"{self.source} holds no captions")
+        if len(self.texts) != len(self.text_to_image):
+            raise ValueError(f"{self.source}: {len(self.texts)} texts but {len(self.text_to_image)} text_to_image")
+        if self.image_ids is not None and len(self.image_ids) != len(self.images):
+            raise ValueError(f"{self.source}: {len(self.images)} images but {len(self.image_ids)} image_ids")
+        if not 0 <= min(self.text_to_image) <= max(self.text_to_image) < len(self.images):
+            raise ValueError(f"{self.source}: text_to_image must be from 0 to {len(self.images) - 1}, one an image")
+        if self.store is None and any(isinstance(image, str) for image in self.images):
+            raise ValueError(f"{self.source}: images given by name need a store to find them in")
+
+    def load(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB; raises :class:`BrokenImageError` where it is missing or does not decode."""
+        image = self.images[index]
+        return image.convert("RGB") if self.store is None else self.store.open(image)
+
+    def name(self, index: int) -> str:
+        return self.images[index] if self.store is not None else f"image {index}"
+
+    def image_id(self, index: int) -> int:
+        return index if self.image_ids is None else self.image_ids[index]
+
+    def missing(self) -> list[str]:
+        """Names that the store does not hold; cheap, nothing is decoded."""
+        return [] if self.store is None else [name for name in self.images if name not in self.store]
+
+    def refuse_left_out(self) -> None:
+        """For those who want all or nothing."""
+        for where, why in self.left_out.items():
+            raise ValueError(f"{where}: {why}")
+
+    def fingerprint(self) -> str:
+        """Changes with the captions, their order and the images' names (not with the images' content)."""
+        names = list(self.images) if self.store is not None else len(self.images)
+        parts = (names, list(self.texts), list(self.text_to_image), [self.image_id(i) for i in range(len(self.images))])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """Lower case, without punctuation, hyphens and slashes as spaces, at most ``max_words`` words.
+
+    Upstream: HarMA ``dataset/utils.py::pre_caption``. Differs from upstream: an empty result is returned, not raised;
+    tabs and newlines are spaces wherever they stand.
+
+    Example:
+        >>> from rsfast.harma.data import clean_caption
+        >>> clean_caption("A semi-circular  Harbor, with ships.")
+        'a semi circular harbor with ships'
+    """
+    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return " ".join(caption.split()[:max_words])
+
+
+def load_captions(
+    path: str | Path,
+    images: str | Path | ImageStore,
+    *,
+    split: str = "test",
+    max_words: int = 30,
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+    csv_separator: str | None = None,
+    csv_encoding: str | None = None,
+) -> CaptionedImages:
+    """Read a caption file; what it is is told from its name and content.
+
+    HarMA's json (a row a caption for training, a row an image with a list of captions for evaluation; either is read
+    for either), Karpathy's json (``{"images": [{"filename", "split", "sentences": [{"raw"}]}]}``), and CSV or TSV with
+    a header line. Images are known by name; HarMA's ``image_id``, where given, says which images are one for the loss.
+
+    Args:
+        path: ``.json``, ``.csv``, ``.tsv`` or ``.txt``.
+        images: Folder or zip of the images, or an :class:`ImageStore`.
+        split: Which part of a Karpathy json; other files are one split each.
+        max_words: Longer captions are cut. Captions without a word are left out, and named in the result.
+        csv_img_key: Column of image names.
+        csv_caption_key: Column of captions.
+        csv_separator: Default: whichever of tab, comma and semicolon gives the header both columns.
+        csv_encoding: Default: UTF-8, or where that fails GB18030, in which RSICD's CSV circulates.
+
+    Raises:
+        FileNotFoundError: No such file, or none of its images is in ``images``.
+        ValueError: The file cannot be read as any of these; the message names file, row and what is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no caption file {path}")
+    if path.suffix.lower() == ".json":
+        rows = _json_rows(path, split)
+    elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        rows = _csv_rows(path, csv_img_key, csv_caption_key, csv_separator, csv_encoding)
+    else:
+        raise ValueError(f"{path}: a caption file ends in .json, .csv, .tsv or .txt")
+
+    index, ids, numbers, texts, text_to_image, left_out = {}, [], {}, [], [], {}
+    for where, name, captions, given in rows:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where}: the image's name must be text, got {name!r}")
+        cleaned = []
+        for number, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"{where}: a caption of {name} must be text, got {caption!r}")
+            cleaned.append(clean_caption(caption, max_words))
+            if not cleaned[-1]:  # RSICD has captions that are a full stop
+                place = f", caption {number}" if len(captions) > 1 else ""
+                left_out[f"{where}{place}"] = f"{caption!r} of {name} has no words"
+        if not any(cleaned):
+            continue
+        if index.setdefault(name, len(index)) == len(ids):
+            key = ("name", name) if given is None else ("id", str(given))
+            ids.append((numbers.setdefault(key, len(numbers)), given))
+        elif ids[index[name]][1] != given:
+            raise ValueError(f"{where}: image {name} has image_id {given!r}, and {ids[index[name]][1]!r} further up")
+        for text in filter(None, cleaned):
+            texts.append(text)
+            text_to_image.append(index[name])
+    if not texts:
+        raise ValueError(f"{path} holds no captions")
+    store = images if isinstance(images, ImageStore) else ImageStore(images)
+    data = CaptionedImages(list(index), texts, text_to_image, [i for i, _ in ids], store, str(path), left_out)
+    missing = data.missing()
+    if len(missing) == len(data.images):
+        raise FileNotFoundError(
+            f"none of the {len(missing)} images that {path} names is in {store.root}, for example {missing[0]}"
+        )
+    return data
+
+
+Row = tuple[str, str, list[str], object]  # where it stands, image name, captions, image id or None
+
+
+def _json_rows(path: Path, split: str) -> Iterator[Row]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
+    if isinstance(content, dict) and "images" in content:
+        return _karpathy_rows(path, content["images"], split)
+    if not isinstance(content, list):
+        raise ValueError(f"{path} must hold a list of rows, or a dictionary with 'images', got {_described(content)}")
+    return _harma_rows(path, content)
+
+
+def _harma_rows(path: Path, rows: list) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        _require(row, ("image", "caption"), where)
+        captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        if not captions:
+            raise ValueError(f"{where}: the list of captions of {row['image']} is empty")
+        yield where, row["image"], captions, row.get("image_id")
+
+
+def _karpathy_rows(path: Path, rows: list, split: str) -> Iterator[Row]:
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: 'images' must be a list, got {_described(rows)}")
+    splits = set()
+    for number, row in enumerate(rows):
+        where = f"{path}, images[{number}]"
+        _require(row, ("filename", "split", "sentences"), where)
+        splits.add(str(row["split"]))
+        if row["split"] != split:
+            continue
+        if not isinstance(row["sentences"], list) or not row["sentences"]:
+            raise ValueError(
+                f"{where}: 'sentences' must be a list that is not empty, got {_described(row['sentences'])}"
+            )
+        for sentence in row["sentences"]:
+            _require(sentence, ("raw",), f"{where}, sentences")
+        # COCO's file keeps the folder apart from the name
+        name = f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]
+        yield where, name, [sentence["raw"] for sentence in row["sentences"]], None
+    if split not in splits:
+        raise ValueError(f"{path} has no split {split!r}, it has {', '.join(sorted(splits)) or 'no images'}")
+
+
+def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None, encoding: str | None) -> Iterator[Row]:
+    content = path.read_bytes()
+    for name in [encoding] if encoding else ["utf-8-sig", "gb18030"]:
+        try:
+            text = content.decode(name)
+            break
+        except (UnicodeDecodeError, LookupError) as error:
+            problem = error
+    else:
+        raise ValueError(f"{path} cannot be read as {encoding or 'UTF-8 or GB18030'}: {problem}")
+    header = text.split("\n", 1)[0].rstrip("\r")
+
+    def lacking(mark):
+        columns = next(csv.reader([header], delimiter=mark), [])
+        return [key for key in (img_key, caption_key) if key not in columns]
+
+    separator = {"\\t": "\t", "tab": "\t"}.get(separator, separator) or min("\t,;", key=lambda mark: len(lacking(mark)))
+    if len(separator) != 1:
+        raise ValueError(f"csv_separator must be one character, got {separator!r}")
+    if lacking(separator):
+        raise ValueError(f"{path}: no column {' and no column '.join(lacking(separator))} in its header {header!r}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            short = [key for key in (img_key, caption_key) if row[key] is None]
+            if short:
+                raise ValueError(f"{where}: the line is too short, it has no {' and no '.join(short)}")
+            yield where, row[img_key], [row[caption_key]], None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _require(row, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a dictionary, got {_described(row)}")
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}; it has {', '.join(map(str, row)) or 'nothing'}")
+
+
+def _described(value) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"

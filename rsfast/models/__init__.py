@@ -1,0 +1,16 @@
+"""Gated adapters in an open_clip model: attaching, removing, saving, loading, and reading HarMA's checkpoints."""
+
+from rsfast.models.adapters import AdapterReport, add_adapters, remove_adapters
+from rsfast.models.harma_checkpoint import HarmaReport, convert_harma_adapter, load_harma_checkpoint
+from rsfast.models.storage import load_adapters, save_adapters
+
+__all__ = [
+    "AdapterReport",
+    "HarmaReport",
+    "add_adapters",
+    "convert_harma_adapter",
+    "load_adapters",
+    "load_harma_checkpoint",
+    "remove_adapters",
+    "save_adapters",
+]

@@ -1,0 +1,56 @@
+"""Every kernel compiles for three GPU generations, without spills where it ships tuned, within the shared memory."""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import rsfast
+from tests.aot import SHARED_MEMORY
+
+ROOT = pathlib.Path(rsfast.__file__).parent
+
+
+def compile_ahead(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.aot", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def is_kernel(node):
+    return isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list)
+
+
+def kernels_in_the_source():
+    """Names of all entry kernels; other jitted functions are parts of them."""
+    for path in ROOT.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        yield from (node.name for node in tree.body if is_kernel(node) and node.name.endswith("_kernel"))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    targets = SHARED_MEMORY  # bf16 everywhere; the other dtypes only where the spills are judged
+    return compile_ahead(*targets) + compile_ahead(90, "--dtypes", "float16", "float32")
+
+
+def test_every_kernel_compiles_everywhere(compiled):
+    names = set(kernels_in_the_source())
+    for target in SHARED_MEMORY:
+        assert {row["kernel"] for row in compiled if row["target"] == target} == names
+
+
+def test_no_spills_on_hopper(compiled):
+    spills = [row for row in compiled if row["target"] == 90 and row["stack"]]
+    assert not spills, "\n".join(f"{r['kernel']} {r['types']}: {r['stack']} bytes, {r['constants']}" for r in spills)
+
+
+def test_shared_memory_fits(compiled):
+    for row in compiled:
+        assert row["shared"] <= SHARED_MEMORY[row["target"]] * 1024, row

@@ -1,0 +1,224 @@
+"""From a measurement to README: the results file, the table, the plots, the order of a GPU run."""
+
+import argparse
+import json
+import pathlib
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+
+from benchmarks import floors, gpu, report, results
+from benchmarks.arms import TIMED, caption_lengths, grid
+from benchmarks.measure import DeviceClock
+
+TOP = dict(gpu="Some GPU", driver="1", torch="2", triton="3", cuda="13", commit="a" * 40, date="2026-01-01T00:00Z")
+EMPTY = f"# A library\n{report.START}\n{report.END}\nThe end.\n"
+
+
+def a_row(**fields):
+    row = dict(
+        family="adapter", op="gated_adapter", shape="256x50x768", dtype="bfloat16", impl="harma",
+        seconds=0.002, bytes=40_000_000, flops=9, peak_memory=5_000_000,
+    )  # fmt: skip
+    return row | {"pass": "forward+backward"} | fields
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "README.md").write_text(EMPTY)
+    return tmp_path
+
+
+def write(root, rows, **top):
+    writer = results.Writer(root / "benchmarks" / "results", TOP | top)
+    writer.facts({"copy_bytes_per_second": 4e12})
+    for row in rows:
+        writer.add(row)
+    return writer.path
+
+
+def test_every_row_is_on_disk_as_soon_as_it_is_measured(root):
+    writer = results.Writer(root, TOP)
+    for n, impl in enumerate(("harma", "fused", "reference"), 1):
+        writer.add(a_row(impl=impl))
+        assert len(results.read(root / "some-gpu.json")["rows"]) == n
+    assert [p.name for p in root.glob("some-gpu*")] == ["some-gpu.json"], "a half-written file was left"
+
+
+def test_the_newest_of_each_row_is_kept_with_what_measured_it(root):
+    path = write(root, [a_row(seconds=2.0), a_row(impl="fused", seconds=1.0)])
+    write(root, [a_row(seconds=3.0)], date="2026-02-01T00:00Z", commit="b" * 40)
+    found = results.read(path)
+    rows = {row["impl"]: row for row in found["rows"]}
+    assert {impl: (row["seconds"], row["commit"][0]) for impl, row in rows.items()} == {
+        "harma": (3.0, "b"),
+        "fused": (1.0, "a"),
+    }
+    assert found["commit"] == "b" * 40 and found["facts"] == {"copy_bytes_per_second": 4e12}
+
+
+def test_folding_in_an_older_file_replaces_nothing_newer():
+    def content(date, seconds):
+        row = a_row(seconds=seconds) | {name: TOP[name] for name in results.PROVENANCE} | {"date": date}
+        return TOP | {"date": date, "rows": [row]}
+
+    old, new = content("2026-01-01T00:00Z", 1.0), content("2026-03-01T00:00Z", 2.0)
+    for folded in (results.fold(old, new), results.fold(new, old)):
+        assert folded["date"] == new["date"] and [row["seconds"] for row in folded["rows"]] == [2.0]
+
+
+@pytest.mark.parametrize("key", ["family", "op", "shape", "dtype", "impl", "pass"])
+def test_rows_that_differ_in_any_part_of_the_key_are_two(root, key):
+    path = write(root, [a_row(), a_row(**{key: "other"})])
+    assert len(results.read(path)["rows"]) == 2
+
+
+@pytest.mark.parametrize("text, said", [("{", "no JSON"), ('{"gpu": "x"}', "driver")])
+def test_a_broken_results_file_is_named(tmp_path, text, said):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        results.read(tmp_path / "x.json")
+    assert "x.json" in str(error.value)
+
+
+def test_without_results_nothing_is_claimed(root, capsys):
+    assert report.main(root, []) == 0
+    text = (root / "README.md").read_text()
+    assert "No GPU run yet" in text and "|" not in text
+    assert text.startswith("# A library\n") and text.endswith("The end.\n")
+
+
+def test_the_table_says_what_was_measured(root):
+    write(root, [
+        a_row(), a_row(impl="fused", seconds=0.00002, peak_memory=1_000_000),
+        a_row(impl="fused", **{"pass": "backward"}),
+        a_row(family="step", op="harma_vit_b_32", shape="214", impl="rsfast", bytes=None, **{"pass": "step"}),
+    ])  # fmt: skip
+    report.main(root, [])
+    lines = (root / "README.md").read_text().splitlines()
+    head, row = (next(line for line in lines if word in line) for word in ("| harma |", "256x50x768"))
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["harma"] == "2.000" and cells["fused"] == "**0.020**"
+    assert cells["GB/s (% of copy)"] == "2000 (50 %)"
+    assert cells["peak memory, MB"] == "5 → 1"
+    assert sum("256x50x768" in line for line in lines) == 1, "the backward pass is left to the results file"
+    assert any("harma_vit_b_32" in line and "**2.000**" in line for line in lines)
+
+
+def test_plots_are_well_formed_and_longest_is_slowest(root):
+    write(root, [a_row(), a_row(impl="fused", seconds=0.001)])
+    report.main(root, [])
+    for kind in ("speed", "memory"):
+        path = root / "benchmarks" / "results" / f"some-gpu-{kind}.svg"
+        assert path.name in (root / "README.md").read_text()
+        svg = ET.parse(path).getroot()
+        bars = [float(bar.get("width")) for bar in svg.iter("{http://www.w3.org/2000/svg}rect") if bar.get("x")]
+        assert bars == ([420.0, 210.0] if kind == "speed" else [420.0, 420.0])
+
+
+def test_check_fails_where_anything_is_stale(root, capsys):
+    path = write(root, [a_row()])
+    assert report.main(root, ["--check"]) == 1 and (root / "README.md").read_text() == EMPTY
+    assert report.main(root, []) == 0 and report.main(root, ["--check"]) == 0
+    found = json.loads(path.read_text())
+    found["rows"][0]["seconds"] = 0.5
+    path.write_text(json.dumps(found))
+    assert report.main(root, ["--check"]) == 1
+    assert "README.md" in capsys.readouterr().out
+    report.main(root, [])
+    path.unlink()
+    assert report.main(root, ["--check"]) == 1, "plots of a file that is gone"
+
+
+def test_readme_without_markers_is_refused_and_kept(root):
+    (root / "README.md").write_text("# no markers\n")
+    with pytest.raises(ValueError, match="benchmarks:start"):
+        report.main(root, [])
+    assert (root / "README.md").read_text() == "# no markers\n"
+
+
+def test_readme_is_what_the_results_say(capsys):
+    assert report.main(report.ROOT, ["--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_kernel_of_a_timed_case_is_timed():
+    timed = {(name, impl) for name, _, _, impl in grid()}
+    assert timed >= {(name, impl) for name in TIMED for impl in ("fused", "reference", "reference-compiled")}
+    assert timed >= {("gated_adapter_shared", impl) for impl in ("harma", "harma-sdpa", "harma-compiled")}
+
+
+def test_captions_are_as_long_as_real_ones():
+    lengths = caption_lengths(20000)
+    assert lengths.max() <= 37 and abs(lengths.float().mean() - 12.5) < 0.3
+    assert abs((lengths <= 18).float().mean() - 0.9) < 0.02
+
+
+def test_work_is_counted_as_the_design_counts_it():
+    """FLOPs a token of the four cases, from the design's table."""
+    for name, shape, per_token in (
+        ("gated_adapter", (1, 50, 768), 706_560),
+        ("gated_adapter", (1, 197, 768), 857_088),
+        ("gated_adapter", (1, 257, 1024), 1_049_600),
+        ("gated_adapter_shared", (1, 77, 512), 688_384),
+    ):
+        assert TIMED[name].flops(shape) == per_token * shape[1]
+    padded, short = (TIMED[f"gated_adapter_shared{kind}"].flops((64, 77, 512)) for kind in ("", "_captions"))
+    assert 0 < short < padded / 4
+
+
+def test_notes_hold_the_floors_of_the_formulas():
+    assert floors.NOTES.read_text() == floors.notes_with_table(), "run python -m benchmarks.floors"
+    assert floors.exponentials("gated_adapter", (1, 50, 768)) == 800 * 50
+    assert floors.exponentials("gated_adapter_shared", (1, 77, 512)) == 1848 * 77
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+def test_the_clock_is_a_clock_without_a_gpu():
+    clock = DeviceClock()
+    assert clock() < clock()
+
+
+@pytest.fixture
+def options(tmp_path):
+    return argparse.Namespace(budget=540.0, k="gated", out=tmp_path, commit="abc", sample=False)
+
+
+def started(outcome, options, parts=gpu.PARTS):
+    seen = {}
+
+    def start(argv, seconds):
+        seen[len(seen)] = (argv, seconds)
+        return outcome
+
+    return gpu.run(list(parts), options, start), list(seen.values())
+
+
+def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    outcomes, calls = started(0, options)
+    assert list(outcomes) == list(gpu.PARTS) and set(outcomes.values()) == {"passed"}
+    tests, memcheck, _, ops, step = (argv for argv, _ in calls)
+    assert "tests" in tests and memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
+    assert "benchmarks/bench_ops.py" in ops and "benchmarks/bench_step.py" in step
+    for argv in (ops, step):
+        assert argv[argv.index("--commit") + 1] == "abc" and argv[argv.index("-k") + 1] == "gated"
+    assert calls[3][1] < calls[4][1] <= options.budget
+
+
+def test_a_gpu_run_says_what_failed_and_what_had_no_time(options, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    outcomes, _ = started(1, options)
+    assert outcomes["tests"] == "FAILED with 1" and outcomes["memcheck"].startswith("skipped")
+    assert started(None, options, ["ops"])[0] == {"ops": "cut off"}
+    options.budget = 5.0
+    assert started(0, options, ["tests"])[0] == {"tests": "skipped: no time left"}
+
+
+def test_a_part_that_outlasts_its_time_is_ended():
+    assert gpu.start(["sleep", "30"], 0.2) is None
+    assert gpu.start(["false"], 30) == 1
+
+
+def test_results_stand_where_report_looks():
+    assert results.FOLDER == report.ROOT / "benchmarks" / "results" == pathlib.Path(results.__file__).parent / "results"
