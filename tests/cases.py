@@ -79,9 +79,9 @@ def _weights(width, r):
 
     Sharper attention would multiply the rounding of one pass a hundredfold in the next, and hide errors behind it.
     """
-    down, square = 1 / math.sqrt(width), 1 / math.sqrt(r)
+    down, square, sharp = 1 / math.sqrt(width), 1 / math.sqrt(r), 1.25 if r > 64 else 1
     return [
-        ((r, width), down), ((r,), 0.3), ((3 * r, r), 1.25 * square), ((3 * r,), 0.3),
+        ((r, width), down), ((r,), 0.3), ((3 * r, r), sharp * square), ((3 * r,), 0.3),
         ((r, r), square), ((r,), 0.3), ((width, r), square), ((width,), 0.3), ((), 0.6),
     ]  # fmt: skip
 
@@ -180,27 +180,27 @@ def _loss(name, public, reference, *, scaled, ids=False):
 VISION = ((256, 50, 768), (64, 50, 768))
 TEXT = ((256, 77, 512), (64, 77, 512))
 LONG_VISION = ((256, 197, 768), (64, 197, 768), (256, 257, 1024), (64, 257, 1024))
-ODD, PADDED, LONG = (3, 13, 37), (5, 11, 24), (2, 77, 40)
+ODD, PADDED, LONG, ONES, EMPTY = (3, 13, 37), (5, 11, 24), (1, 77, 40), (1, 1, 1), (0, 5, 24)
 NARROW = dict(bottleneck=32, num_heads=4)  # the least the kernels take, and quick where they are interpreted
 
 CASES = [
     _adapter(
         "",
-        small=((2, 16, 32), ODD, (1, 1, 1), (0, 5, 24), (1, 64, 24), LONG, (1, 130, 24)),
+        small=((1, 16, 32), ODD, ONES, EMPTY, (1, 64, 24), LONG, (1, 130, 24)),
         large=VISION + LONG_VISION + TEXT,
     ),
-    _adapter("_shared", shared=8, small=(ODD, (1, 1, 1), (0, 5, 24), (1, 64, 24), (1, 77, 40)), large=TEXT + VISION),
+    _adapter("_shared", shared=8, small=((2, 13, 37), ONES, EMPTY, (1, 64, 24), LONG), large=TEXT + VISION),
     _adapter("_ungated", residual_gate=False, small=(ODD,), **NARROW),
-    _adapter("_lengths", lengths=True, small=(PADDED, (0, 5, 24), (3, 67, 8)), **NARROW),
+    _adapter("_lengths", lengths=True, small=(PADDED, EMPTY, (3, 67, 8)), **NARROW),
     _adapter("_shared_lengths", shared=8, lengths=True, small=(PADDED, (3, 67, 8)), **NARROW),
     _adapter("_mixed", mixed=True, small=(ODD,), **NARROW),
     _adapter("_mixed_shared", mixed=True, shared=4, small=(ODD,), **NARROW),
-    _adapter("_33x3", bottleneck=33, num_heads=3, sizes_only=True, small=(ODD, LONG)),
+    _adapter("_33x3", bottleneck=33, num_heads=3, sizes_only=True, small=(ODD, (2, 66, 8))),
     _adapter("_96x8", bottleneck=96, num_heads=8, sizes_only=True, small=(ODD,)),
     _adapter("_48x4_shared_3", bottleneck=48, num_heads=4, shared=8, sizes_only=True, small=(ODD, (1, 70, 24))),
     _adapter("_48x4_shared_6", bottleneck=48, num_heads=4, shared=4, sizes_only=True, small=(ODD,)),
     _adapter("_64x1", bottleneck=64, num_heads=1, sizes_only=True, small=(ODD,)),
-    _adapter("_256x8_shared", bottleneck=256, num_heads=8, shared=8, sizes_only=True, small=((2, 9, 37), (1, 65, 24))),
+    _adapter("_256x8_shared", bottleneck=256, num_heads=8, shared=8, sizes_only=True, small=((1, 9, 37), (1, 65, 24))),
     _loss("contrastive_loss", rsfast.contrastive_loss, similarity.contrastive_loss, scaled=True),
     _loss("contrastive_loss_ids", rsfast.contrastive_loss, similarity.contrastive_loss, scaled=True, ids=True),
     _loss("adaptive_triplet_loss", rsfast.adaptive_triplet_loss, similarity.adaptive_triplet_loss, scaled=False),

@@ -22,8 +22,8 @@ with_and_without_shared = pytest.mark.parametrize("shared", (False, True), ids=(
 def build(device, *, shared=False, impl="fused", width=24, dtype=FP32):
     """An adapter in the middle of its training: nothing is zero any more."""
     torch.manual_seed(0)
-    sub = rsfast.SharedAdapter(32, 4) if shared else None
-    adapter = rsfast.GatedAdapter(width, 32, 4, shared=sub, impl=impl)
+    sub = rsfast.SharedAdapter(32, 2) if shared else None
+    adapter = rsfast.GatedAdapter(width, 32, 2, shared=sub, impl=impl)
     for name, p in adapter.named_parameters():
         if "up." in name or name.endswith("bias"):
             nn.init.normal_(p, std=0.3)
@@ -122,28 +122,24 @@ def test_at_first_only_the_up_projection_learns(shared, impl, device):
 
 
 @both_impls
-@pytest.mark.parametrize("tokens", (11, 70))
+@pytest.mark.parametrize("tokens", (11, 67))
 @with_and_without_shared
 def test_samples_never_mix(shared, tokens, impl, device):
+    """One sample beside another and in another place keeps every bit."""
     adapter = build(device, shared=shared, impl=impl)
-    x, dy = (draw(3, tokens, 24, device=device, seed=seed) for seed in (1, 2))
+    x, dy = (draw(2, tokens, 24, device=device, seed=seed) for seed in (1, 2))
     y, dx, _ = step(adapter, x, dy)
-    other, other_dy = x.clone(), dy.clone()
-    other[1], other_dy[1] = 5 * other[1].flip(0), -other_dy[1]
-    y2, dx2, _ = step(adapter, other, other_dy)
-    for one, two in ((y, y2), (dx, dx2)):
-        assert torch.equal(one[[0, 2]], two[[0, 2]]) and not torch.equal(one[1], two[1])
-    order = [2, 0, 1]
-    y3, dx3, _ = step(adapter, x[order], dy[order])
-    assert torch.equal(y3, y[order]) and torch.equal(dx3, dx[order])
+    y2, dx2, _ = step(adapter, torch.stack([5 * x[1].flip(0), x[0]]), torch.stack([-dy[1], dy[0]]))
+    assert torch.equal(y2[1], y[0]) and torch.equal(dx2[1], dx[0])
+    assert not torch.equal(y2[0], y[1]) and not torch.equal(dx2[0], dx[1])
 
 
-LENGTHS = {9: (0, 1, 9, 5), 70: (70, 66, 33, 0)}
+LENGTHS = {9: (0, 1, 9, 5), 67: (33, 65)}
 
 
 def padded(tokens, device):
     lengths = torch.tensor(LENGTHS[tokens], device=device)
-    x, dy = (draw(4, tokens, 24, device=device, seed=seed) for seed in (1, 2))
+    x, dy = (draw(len(lengths), tokens, 24, device=device, seed=seed) for seed in (1, 2))
     return x, dy, lengths, torch.arange(tokens, device=device) >= lengths[:, None]
 
 
@@ -160,9 +156,15 @@ def test_padding_passes_through_and_tells_nothing(shared, tokens, impl, device):
     y2, dx2, grads2 = step(adapter, x2, dy2, lengths)
     assert torch.equal(y2[~padding], y[~padding]) and torch.equal(dx2[~padding], dx[~padding])
     assert_same(grads2, grads)
-    assert_same(step(adapter, x, dy, lengths.int())[2], grads)
-    beyond = torch.where(lengths == tokens, tokens + 100, lengths)
-    assert_same(step(adapter, x, dy, beyond)[2], grads)
+
+
+@both_impls
+@with_and_without_shared
+def test_lengths_of_either_type_and_beyond_the_end(shared, impl, device):
+    adapter = build(device, shared=shared, impl=impl)
+    x, dy, lengths, _ = padded(9, device)
+    _, _, grads = step(adapter, x, dy, lengths)
+    assert_same(step(adapter, x, dy, torch.where(lengths == 9, 100, lengths).int())[2], grads)
 
 
 @both_impls
@@ -178,13 +180,13 @@ def test_lengths_are_as_good_as_cutting(shared, tokens, impl, device):
         assert_within_budget(y[sample : sample + 1, :length], gold, eager, terms=96)
 
 
-@pytest.mark.parametrize("tokens", (9, 70))
+@pytest.mark.parametrize("tokens", (9, 67))
 @with_and_without_shared
 def test_full_lengths_are_no_lengths(shared, tokens, device):
     adapter = build(device, shared=shared)
-    x, dy = (draw(2, tokens, 24, device=device, seed=seed) for seed in (1, 2))
+    x, dy = (draw(1, tokens, 24, device=device, seed=seed) for seed in (1, 2))
     y, dx, grads = step(adapter, x, dy)
-    y2, dx2, grads2 = step(adapter, x, dy, torch.tensor([tokens, tokens + 1], device=device))
+    y2, dx2, grads2 = step(adapter, x, dy, torch.tensor([tokens], device=device))
     assert torch.equal(y, y2) and torch.equal(dx, dx2)
     assert_same(grads2, grads)
 
@@ -216,12 +218,12 @@ def test_two_adapters_own_one_sub_adapter(device):
 @both_impls
 def test_the_sub_adapter_keeps_its_own_heads(impl, device):
     adapter, x = build(device, shared=True, impl=impl), draw(2, 9, 24, device=device)
-    four = adapter(x)
-    adapter.shared.num_heads = 2
+    two = adapter(x)
+    adapter.shared.num_heads = 4
     args, shared = (x, *adapter.weights(), adapter.residual_gate), adapter.shared.weights()
-    two = rsfast.gated_adapter(*args, shared=shared, num_heads=4, shared_heads=2, impl=impl)
-    assert torch.equal(adapter(x), two) and not torch.equal(four, two)
-    assert torch.equal(four, rsfast.gated_adapter(*args, shared=shared, num_heads=4, impl=impl))
+    four = rsfast.gated_adapter(*args, shared=shared, num_heads=2, shared_heads=4, impl=impl)
+    assert torch.equal(adapter(x), four) and not torch.equal(four, two)
+    assert torch.equal(two, rsfast.gated_adapter(*args, shared=shared, num_heads=2, impl=impl))
 
 
 def arguments(**changes):
