@@ -1,14 +1,16 @@
 """The whole demo in a small size, and what it promises to write."""
 
 import argparse
+import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
-from rsfast import harma
+from rsfast import cli, harma
 from rsfast.harma import demo
 from rsfast.harma.measure import Measure, resident_memory
 
@@ -88,19 +90,30 @@ def test_adapters_that_change_on_disk_fail_the_demo(tmp_path, monkeypatch, capsy
     assert json.loads((tmp_path / "results.json").read_text())["reload"]["bit_equal"] is False
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "harma").mkdir()
     (tmp_path / "harma" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="something else"):
-        demo.run_demo(tmp_path, **TINY)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "something else" in capsys.readouterr().err
     assert [p.name for p in tmp_path.rglob("*")] == ["harma", "thesis.txt"]
 
 
-def test_an_earlier_demo_is_replaced(done):
-    out, _ = done
-    (out / "harma" / "left.txt").write_text("over")
-    demo._claim(out)
-    assert not (out / "harma").exists() and (out / "results.json").is_file()
+def test_an_interrupt_ends_the_demo_and_not_just_one_training(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        return dataclasses.replace(train(*args, **kwargs), stopped="SIGINT")
+
+    train = demo.train
+    monkeypatch.setattr(demo, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, **TINY)
+    assert not (tmp_path / "full").exists()
+
+
+def test_an_earlier_demo_is_replaced(done, tmp_path):
+    copy = shutil.copytree(done[0], tmp_path / "copy")
+    (copy / "harma" / "left.txt").write_text("over")
+    demo._claim(copy)
+    assert not (copy / "harma").exists() and (copy / "results.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["everyday_scenes", "scenes", "test_scenes", "foundation_epochs", "epochs", "seed"])

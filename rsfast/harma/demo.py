@@ -261,12 +261,16 @@ def _print(out: Path, results: dict) -> None:
     print(f"{'chance':17}{_recalls(results['chance'])}")
     for name, shown in NAMES.items():
         row = results["rows"][name]
-        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
-        print(f"{shown:17}{_recalls(row)}{row['trainable_parameters']:>12,}{row['seconds']:>10.1f}{memory:>10}")
+        seconds = memory = "-"
+        if row["best_epoch"] is not None:
+            seconds = f"{row['seconds']:.1f}"
+        if row["peak_memory_bytes"]:
+            memory = f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
+        print(f"{shown:17}{_recalls(row)}{row['trainable_parameters']:>12,}{seconds:>10}{memory:>10}")
     scenes, reload = results["scenes"], results["reload"]
     print(
-        f"\n{scenes['aerial_test']} test scenes with five captions each; scores in percent, of the best of "
-        f"{results['epochs']} epochs on {scenes['aerial_val']} validation scenes.\n"
+        f"\n{scenes['aerial_test']} test scenes with five captions each, recalls in percent, of whichever of "
+        f"{results['epochs']} epochs was best on {scenes['aerial_val']} validation scenes.\n"
         f"Learning rates: HarMA {results['lr'][HARMA]:g}, full fine-tuning {results['lr'][FULL]:g}. Memory: the peak "
         "during training above what the process held before."
     )

@@ -54,7 +54,7 @@ def river(pen_on, rng):
         ground,
         f"over a river in the {ground}",
         f"a {kind} river",
-        f"across a {kind} stream of water",
+        "between two banks",
     )
 
 
