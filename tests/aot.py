@@ -1,9 +1,9 @@
 """Compiles every kernel that the operations launch, for GPUs that are not there, and prints what it costs.
 
-Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row of ``tests.cases`` is called, forward
-and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. Rows that are
-benchmarked are taken at those shapes and at their first small one (with two samples: the batch changes no kernel), and
-with ``--all`` the others too.
+Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row that is benchmarked is called, forward
+and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. It is
+called at its benchmark shapes and its first small one, with two samples, since the batch changes no kernel; ``--all``
+takes the other rows too.
 """
 
 import argparse
