@@ -1,6 +1,8 @@
 """The command ``rsfast``."""
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,11 +20,16 @@ def main(argv: list[str] | None = None) -> int:
         room.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has left can be noticed
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         if not _meant_for_the_user(error):
             raise
-        print(f"rsfast: {error}", file=sys.stderr)
+        print(f"rsfast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rsfast: interrupted", file=sys.stderr)

@@ -1,8 +1,10 @@
 """The command line: exit codes, one clear line for the user, files written, pictures."""
 
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -158,6 +160,16 @@ def test_help_imports_nothing_heavy():
 def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     assert "versions" in json.loads(capsys.readouterr().out)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    root = pathlib.Path(__file__).parents[1]
+    code = "import sys; from rsfast import cli; sys.exit(cli.main(['info']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_the_demo_is_a_command(capsys):

@@ -127,6 +127,44 @@ def test_files_that_are_not_there(files, tmp_path):
         load_captions(files / "val.json", files / "val.json")
 
 
+def test_names_that_no_file_system_takes_are_missing_images(files, tmp_path):
+    names = ["a/0.png", "x" * 300, "a\0b.png"]
+    (tmp_path / "c.json").write_text(json.dumps([{"image": name, "caption": "a"} for name in names]))
+    for root in ("images", "images.zip"):
+        data = load_captions(tmp_path / "c.json", files / root)
+        assert data.missing() == names[1:]
+        with pytest.raises(BrokenImageError, match="not in"):
+            data.load(1)
+    with pytest.raises(ValueError, match="an image cannot be used: xxx.*: not in"):
+        data.refuse_left_out()
+
+
+def test_csv_with_carriage_returns_alone(files, tmp_path):
+    (tmp_path / "c.csv").write_bytes(b"filepath,title\ra/0.png,x\ra/1.png,y\r")
+    assert load_captions(tmp_path / "c.csv", files / "images").texts == ["x", "y"]
+
+
+def test_indices_may_be_tensors_or_arrays():
+    images, texts = [image(0), image(1)], ["a", "b", "c"]
+    plain = CaptionedImages(images, texts, [0, 1, 1], [4, 4])
+    for index, ids in ((torch.tensor([0, 1, 1]), torch.tensor([4, 4])), (np.array([0, 1, 1]), np.array([4, 4]))):
+        data = CaptionedImages(images, texts, index, ids)
+        assert data.fingerprint() == plain.fingerprint() and data.text_to_image == [0, 1, 1]
+    with pytest.raises(ValueError, match="text_to_image must hold integers"):
+        CaptionedImages(images, texts, torch.tensor([0.0, 1.0, 1.0]))
+
+
+def test_broken_images_in_memory_say_why(tmp_path):
+    image(0).save(tmp_path / "whole.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "whole.bmp").read_bytes()[:-1000])
+    deep = Image.fromarray(np.zeros((8, 8), np.uint16))
+    data = CaptionedImages([Image.open(tmp_path / "cut.bmp"), deep], ["a", "b"], [0, 1])
+    with pytest.raises(BrokenImageError, match="image 0: .*truncated"):
+        data.load(0)
+    with pytest.raises(BrokenImageError, match="image 1: .*more than 8 bits"):
+        data.load(1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

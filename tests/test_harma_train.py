@@ -114,6 +114,8 @@ def test_lost_epoch_is_done_again_and_logged_once(tmp_path):
     kept = (tmp_path / "a" / "last.pt").read_bytes()
     run(tmp_path / "a", resume="latest")
     (tmp_path / "a" / "last.pt").write_bytes(kept)  # as if the machine had died before the last checkpoint
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # and while it wrote a line
     run(tmp_path / "a", resume="latest")
     run(tmp_path / "b")
     assert_same_runs(tmp_path / "a", tmp_path / "b")
@@ -168,6 +170,14 @@ def test_temperature(tmp_path):
 def test_runs_and_files_as_pretrained(tmp_path):
     for method in ("harma", "full", "frozen"):
         run(tmp_path / method, method=method, epochs=1)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_bytes((tmp_path / "harma" / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match="unfinished has no finished epoch yet"):
+        run(tmp_path / "x", pretrained=str(tmp_path / "unfinished"), model=None)
+    for text in ("[]", "{}", '{"settings": {}, "model": {}, "name": null, "tag": null}'):
+        (tmp_path / "unfinished" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json lacks settings .* rsfast did not write it"):
+            load_run(tmp_path / "unfinished")
     still = dict(epochs=1, lr=1e-12, max_steps=1, temperature=None)
     for method in ("harma", "full", "frozen"):  # one step that moves nothing: the run goes on from the other's best
         more = run(tmp_path / f"on_{method}", pretrained=str(tmp_path / method), model=None, **still)
@@ -214,6 +224,13 @@ def test_a_model_of_open_clip_by_name_and_its_traps():
         models.create(MODEL | {"text_cfg": MODEL["text_cfg"] | {"vocab_size": 100}})
 
 
+def test_a_config_may_name_a_tokenizer_of_hugging_face(monkeypatch):
+    monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", lambda name, **options: (name, options))
+    text = MODEL["text_cfg"] | {"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"clean": "lower"}}
+    made = models.tokenizer(MODEL | {"text_cfg": text}, None)
+    assert made == ("a/b", {"context_length": 12, "tokenizer_mode": None, "clean": "lower"})
+
+
 def test_quickgelu_mismatch_is_refused(monkeypatch):
     monkeypatch.setattr(models, "build", None)
     with pytest.raises(ValueError, match="openai was trained as ViT-B-32-quickgelu"):
@@ -254,6 +271,9 @@ def test_what_a_resumed_run_refuses(tmp_path):
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"last.pt is damaged"):
         run(out, resume="latest")
+    torch.save({"step": 1}, out / "last.pt")
+    with pytest.raises(ValueError, match=r"last.pt is damaged: it must hold best, broken, "):
+        run(out, resume="latest")
     with pytest.raises(FileNotFoundError, match="has no finished epoch yet"):
         load_run(out)
 
@@ -267,7 +287,11 @@ def test_what_a_resumed_run_refuses(tmp_path):
         ({"warmup": 1.0}, "warmup must be from 0 to below 1, got 1.0"),
         ({"batch_size": 21}, "batch_size 21 x 1 processes is more than the 20 captions"),
         ({"device": "cuda"} if not torch.cuda.is_available() else {"precision": "int8"}, "device cuda|precision must"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used: "),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"margin": float("nan")}, "margin must be finite, got nan"),
         ({"model": None}, "model is needed"),
+        ({"model": MODEL | {"vision_cfg": {"foo": 1}}}, "model: open_clip can make none of its config: .*'foo'"),
         ({"num_heads": 5}, "bottleneck must be a multiple"),
     ],
 )

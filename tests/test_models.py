@@ -320,6 +320,8 @@ REFUSED = [
     (tiny_clip, {"bottleneck": 36, "num_heads": 8}, ValueError, "bottleneck.*36"),
     (tiny_clip, {"bottleneck": 24, "num_heads": 8}, ValueError, "bottleneck must be a multiple of 16.*24"),
     (tiny_clip, {"num_heads": -1}, ValueError, "num_heads.*-1"),
+    (tiny_clip, {"freeze": "no"}, ValueError, "freeze must be True or False, got 'no'"),
+    (tiny_clip, {"skip_padding": 1}, ValueError, "skip_padding must be True or False, got 1"),
     (tiny_clip, {"impl": "triton"}, ValueError, "impl.*'triton'"),
 ]  # fmt: skip
 

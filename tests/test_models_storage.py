@@ -178,6 +178,14 @@ DAMAGE = {
         lambda f: edit_tensors(f, lambda t: t["visual.0.gate"].fill_(float("inf"))),
         r"visual\.0\.gate is not finite",
     ),
+    "complex": (
+        lambda f: edit_tensors(f, lambda t: t.update({"visual.0.gate": torch.tensor(1j)})),
+        r"visual\.0\.gate must be floating point, got torch\.complex64",
+    ),
+    "float8": (
+        lambda f: edit_tensors(f, lambda t: t.update({"visual.0.gate": torch.tensor(torch.nan).to(torch.float8_e5m2)})),
+        r"visual\.0\.gate is not finite",
+    ),
     "missing": (lambda f: edit_tensors(f, lambda t: t.pop("visual.1.gate")), r"visual\.1\.gate is missing"),
     "unknown": (lambda f: edit_tensors(f, lambda t: t.update(more=torch.ones(1))), "more is unknown"),
     "shape": (

@@ -20,6 +20,7 @@ from rsfast.harma import model as models
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.json"
 ADAPTERS, FULL, BASE = "adapters", "model.safetensors", "base.safetensors"
+STATE = {"step", "weights", "optimizer", "scaler", "best", "broken"}  # what last.pt holds
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -53,9 +54,12 @@ def load_last(run: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"resume: {path} is damaged: {error}") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"resume: {path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or not state.keys() >= STATE:
+        raise ValueError(f"resume: {path} is damaged: it must hold {', '.join(sorted(STATE))}")
+    return state
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -82,9 +86,9 @@ def read_config(run: str | Path) -> dict:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    missing = [key for key in ("settings", "model", "name", "tag") if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; rsfast did not write it")
+    settings = config.get("settings") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or "method" not in settings or not {"model", "name", "tag"} <= config.keys():
+        raise ValueError(f"{path} lacks settings with a method, model, name or tag; rsfast did not write it")
     return config
 
 
@@ -98,6 +102,12 @@ def base_model(run: str | Path) -> models.Model:
     return models.create(config["model"], weights=run / BASE, name=config["name"])
 
 
+def refuse_unfinished(run: str | Path) -> None:
+    """Refuse a run without a best epoch."""
+    if not (Path(run) / BEST).is_file():
+        raise FileNotFoundError(f"{run} has no finished epoch yet, {BEST} is missing")
+
+
 def load_run(run: str | Path) -> models.Model:
     """The best model of a run, on the CPU: ``.model`` and ``.tokenizer`` are what :func:`evaluate` wants.
 
@@ -109,8 +119,7 @@ def load_run(run: str | Path) -> models.Model:
 
     run, config = Path(run), read_config(run)
     method = config["settings"]["method"]
-    if not (run / BEST).is_file():
-        raise FileNotFoundError(f"{run} has no finished epoch yet, {BEST} is missing")
+    refuse_unfinished(run)
     made = base_model(run)
     if method == "harma":
         load_adapters(made.model, run / ADAPTERS)

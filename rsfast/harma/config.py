@@ -107,7 +107,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         at_least = {
             "epochs": 1, "batch_size": 2, "workers": 0, "wd": 0, "gamma": 0, "bottleneck": 1, "num_heads": 1,
-            "max_words": 1, "save_every_steps": 1, "log_every_n_steps": 1, "max_steps": 1, "eval_batch_size": 1,
+            "seed": 0, "max_words": 1, "save_every_steps": 1, "log_every_n_steps": 1, "max_steps": 1,
+            "eval_batch_size": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -120,8 +121,18 @@ class TrainConfig:
         for name in ("beta1", "beta2", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if not math.isfinite(self.margin):
+            raise ValueError(f"margin must be finite, got {self.margin}")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {device} was asked for, but torch sees no GPU")
+        _check_device(device)
         precision = self.precision or ("bf16" if device.startswith("cuda") else "fp32")
         return dataclasses.replace(self, device=device, precision=precision)
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no GPU")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown to this build of torch, or not in this machine
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -5,13 +5,14 @@ import dataclasses
 import hashlib
 import io
 import json
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from rsfast.harma.images import ImageStore
+from rsfast.harma.images import BrokenImageError, ImageStore, rgb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class CaptionedImages:
     def __post_init__(self):
         if not len(self.texts):
             raise ValueError(f"{self.source} holds no captions")
+        for name in ("text_to_image", "image_ids"):
+            self._as_integers(name)
         if len(self.texts) != len(self.text_to_image):
             raise ValueError(f"{self.source}: {len(self.texts)} texts but {len(self.text_to_image)} text_to_image")
         if self.image_ids is not None and len(self.image_ids) != len(self.images):
@@ -59,10 +62,25 @@ class CaptionedImages:
         if self.store is None and any(isinstance(image, str) for image in self.images):
             raise ValueError(f"{self.source}: images given by name need a store to find them in")
 
+    def _as_integers(self, name: str) -> None:
+        """Tensors and arrays are as welcome as lists."""
+        given = getattr(self, name)
+        if given is None:
+            return
+        try:
+            object.__setattr__(self, name, [operator.index(number) for number in given])
+        except TypeError as error:
+            raise ValueError(f"{self.source}: {name} must hold integers: {error}") from error
+
     def load(self, index: int) -> Image.Image:
         """Image ``index`` in RGB; raises :class:`BrokenImageError` where it is missing or does not decode."""
         image = self.images[index]
-        return image.convert("RGB") if self.store is None else self.store.open(image)
+        if self.store is not None:
+            return self.store.open(image)
+        try:
+            return rgb(image)
+        except (ValueError, OSError, SyntaxError) as error:  # a file that PIL opened and reads only now
+            raise BrokenImageError(self.name(index), f"{type(error).__name__}: {error}") from error
 
     def name(self, index: int) -> str:
         return self.images[index] if self.store is not None else f"image {index}"
@@ -75,7 +93,9 @@ class CaptionedImages:
         return [] if self.store is None else [name for name in self.images if name not in self.store]
 
     def refuse_left_out(self) -> None:
-        """For those who want all or nothing."""
+        """For those who want all or nothing: refuses captions without words and images that are not there."""
+        for name in self.missing():
+            raise ValueError(f"{self.source}: an image cannot be used: {name}: not in {self.store.root}")
         for where, why in self.left_out.items():
             raise ValueError(f"{where}: {why}")
 
@@ -183,7 +203,7 @@ Row = tuple[str, str, list[str], object]  # where it stands, image name, caption
 def _json_rows(path: Path, split: str) -> Iterator[Row]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, brackets without end
         raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
     if isinstance(content, dict) and "images" in content:
         return _karpathy_rows(path, content["images"], split)
@@ -235,7 +255,7 @@ def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None,
             problem = error
     else:
         raise ValueError(f"{path} cannot be read as {encoding or 'UTF-8 or GB18030'}: {problem}")
-    header = text.split("\n", 1)[0].rstrip("\r")
+    header = io.StringIO(text, newline=None).readline().rstrip("\n")
 
     def lacking(mark):
         columns = next(csv.reader([header], delimiter=mark), [])

@@ -53,7 +53,8 @@ class ImageStore:
         return self.__dict__ | {"_handle": None, "_process": None}
 
     def __contains__(self, name: str) -> bool:
-        return (self.root / name).is_file() if self._entries is None else _zip_name(name) in self._entries
+        # os.path.isfile says no, where Path.is_file raises, to a name that is too long or holds a zero byte
+        return os.path.isfile(self.root / name) if self._entries is None else _zip_name(name) in self._entries
 
     def open(self, name: str) -> Image.Image:
         """The decoded image in RGB.
@@ -66,9 +67,9 @@ class ImageStore:
         try:
             if self._entries is None:
                 with Image.open(self.root / name) as image:
-                    return _rgb(image)
+                    return rgb(image)
             with Image.open(io.BytesIO(self._archive().read(self._entries[_zip_name(name)]))) as image:
-                return _rgb(image)
+                return rgb(image)
         except Exception as error:  # decoders raise nearly anything on damaged bytes, SyntaxError included
             raise BrokenImageError(name, f"{type(error).__name__}: {error}") from error
 
@@ -82,7 +83,8 @@ def _zip_name(name: str) -> str:
     return name.replace("\\", "/").removeprefix("./")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; refuses more than 8 bits a channel."""
     if image.mode.startswith(("I", "F")):  # converting these clips nearly everything to white
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert the image to 8 bits first")
     return image.convert("RGB")

@@ -22,7 +22,10 @@ class Log:
         kept = []
         if self.path.is_file():
             for line in self.path.read_text().splitlines():
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:  # a line that a crash cut off
+                    continue
                 if record["step"] <= step and "broken" not in record:
                     kept.append(line + "\n")
         checkpoint.replace(self.path, lambda temporary: temporary.write_text("".join(kept)))

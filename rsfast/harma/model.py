@@ -61,7 +61,12 @@ def build(config: dict, *, seed: int = 0) -> nn.Module:
         # the one public way from a config to a model that changes no global list
         Path(folder, "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
         torch.manual_seed(seed)
-        return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        try:
+            return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        except Exception as error:  # whatever open_clip stumbles over in the config
+            raise ValueError(
+                f"model: open_clip can make none of its config: {type(error).__name__}: {error}"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -122,7 +127,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     try:
         open_clip.load_checkpoint(model, str(path), weights_only=True)
     except Exception as error:  # unreadable, of another model, or holding more than tensors: torch says what
-        raise ValueError(f"pretrained: {path} does not fit the model: {error}") from error
+        raise ValueError(f"pretrained: {path} does not fit the model: {type(error).__name__}: {error}") from error
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if broken:
         raise ValueError(f"pretrained: {path} holds NaN or infinity in {', '.join(broken[:5])}")
@@ -137,7 +142,7 @@ def tokenizer(config: dict, name: str | None):
         if name is not None:
             return open_clip.get_tokenizer(name)
         if text.get("hf_tokenizer_name"):
-            return open_clip.HFTokenizer(
+            return open_clip.tokenizer.HFTokenizer(
                 text["hf_tokenizer_name"],
                 context_length=text.get("context_length", 77),
                 tokenizer_mode=text.get("tokenizer_mode"),

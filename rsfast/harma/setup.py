@@ -157,6 +157,7 @@ def _make(config: TrainConfig, model: nn.Module | None, tokenizer, saved: dict |
             f"pretrained: {config.pretrained} has adapters, and method {config.method} cannot start from those; "
             "rsfast harma eval measures the run as it is"
         )
+    checkpoint.refuse_unfinished(config.pretrained)
     return checkpoint.base_model(config.pretrained)
 
 

@@ -237,6 +237,9 @@ def _check_options(model: nn.Module, config: dict, impl: Impl) -> list[Tower]:
     for option in ("bottleneck", "num_heads"):
         if type(config[option]) is not int or config[option] < 1:
             raise ValueError(f"{option} must be a positive integer, got {config[option]!r}")
+    for option in ("freeze", "skip_padding"):
+        if type(config[option]) is not bool:
+            raise ValueError(f"{option} must be True or False, got {config[option]!r}")
     bottleneck, divided = config["bottleneck"], config["num_heads"] * (2 if share else 1)
     if bottleneck % divided:
         raise ValueError(

@@ -101,14 +101,18 @@ def named_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
 
 
 def check_tensors(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], path: os.PathLike) -> None:
-    """Refuse, by name, tensors that are missing, unknown, of another shape or not finite."""
+    """Refuse, by name, tensors that are missing, unknown, of another shape, of no floating dtype or not finite."""
     problems = [f"{name} is missing" for name in parameters if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in parameters]
     for name in tensors.keys() & parameters.keys():
         if tensors[name].shape != parameters[name].shape:
             expected, got = tuple(parameters[name].shape), tuple(tensors[name].shape)
             problems.append(f"{name} must have shape {expected}, got {got}")
-    problems += [f"{name} is not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            problems.append(f"{name} must be floating point, got {tensor.dtype}")
+        elif not tensor.double().isfinite().all():  # 8-bit floats have no isfinite of their own
+            problems.append(f"{name} is not finite")
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path}: {'; '.join(sorted(problems)[:8])}{more}")
