@@ -1,9 +1,9 @@
 """Compiles every kernel that the operations launch, for GPUs that are not there, and prints what it costs.
 
-Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row of ``tests.cases`` is called, forward
-and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. Rows with
-benchmark shapes are taken at those and at their first small one (with two samples: the batch changes no kernel), and
-with ``--all`` the others too.
+Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row that is benchmarked is called, forward
+and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. It is
+called at its benchmark shapes and its first small one, with two samples, since the batch changes no kernel; ``--all``
+takes the other rows too.
 """
 
 import argparse
@@ -111,10 +111,11 @@ def main():
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
     _dispatch.INTERPRET = True  # the operations take CPU tensors; the kernels themselves are compiled, not interpreted
-    _dispatch.use_fused.__globals__["INTERPRET"] = True
+    from benchmarks.arms import TIMED
     from tests.cases import CASES
 
-    cases = [case for case in CASES if options.cases in case.name and (case.large or options.all) and case.has_kernel()]
+    rows = {case.name: case for case in CASES if options.all} | TIMED
+    cases = [case for name, case in rows.items() if options.cases in name and case.has_kernel()]
     dtypes = [getattr(torch, name) for name in options.dtypes]
     for target in options.targets:
         WORK.extend(

@@ -13,6 +13,7 @@ import rsfast
 from tests.aot import SHARED_MEMORY
 
 ROOT = pathlib.Path(rsfast.__file__).parent
+pytestmark = pytest.mark.xdist_group("aot")  # one process compiles, for all tests of this file
 
 
 def compile_ahead(*arguments):

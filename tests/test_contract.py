@@ -12,7 +12,7 @@ from rsfast.testing import assert_within_budget
 from tests.cases import CASES, FP32
 
 FUSED = [case for case in CASES if case.has_kernel()]
-WIRED = [case for case in CASES if not case.sizes_only]
+WIRED = [case for case in CASES if case.tiny]
 each_case = pytest.mark.parametrize("case", WIRED, ids=str)
 
 
@@ -49,25 +49,22 @@ def assert_same_bits(case, actual, expected, names=None):
         assert one.dtype == two.dtype and torch.equal(one, two), name
 
 
-def scalar_errors(case, tensors, dy, draws=8):
-    """Worst error of plain PyTorch in the gradient of each scalar, over several output gradients.
+def plain_errors(case, tensors, dy, draws=8):
+    """Error of plain PyTorch in each gradient; in one that is a single number, the largest over several draws of dy.
 
-    One number is right by chance now and then, and its terms are small differences themselves where they come through
-    a softmax, so neither its own error nor their size says how wrong PyTorch is.
+    One number is right by chance now and then, so its own error says little.
     """
-    names = list(case.scalars(tensors[0].shape))
     several = []
     for fn, leaves, options in (
-        (case.public, tensors, dict(impl="reference")), (case.reference, [t.double() for t in tensors], {}),
-    ):  # fmt: skip
+        (case.public, tensors, dict(impl="reference")),  # casts weights as the kernel does
+        (case.reference, [t.double() for t in tensors], {}),
+    ):
         leaves = [t.detach().requires_grad_() for t in leaves]
-        y, scalars = case.call(fn, leaves, **options), [leaves[case.names.index(name)] for name in names]
-        rolled = (dy.roll(shift).to(y.dtype) for shift in range(0, 17 * draws, 17))
-        several.append([torch.autograd.grad(y, scalars, dy, retain_graph=True) for dy in rolled] if names else [])
-    return {
-        name: max((eager[i].double() - gold[i]).abs() for eager, gold in zip(*several, strict=True))
-        for i, name in enumerate(names)
-    }
+        y = case.call(fn, leaves, **options)
+        rolled = ((dy.roll(17 * i) * (1 + i / 8)).to(dy.dtype).to(y.dtype) for i in range(draws))
+        several.append([torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in rolled])
+    draws = ([eager - exact for eager, exact in zip(*pair, strict=True)] for pair in zip(*several, strict=True))
+    return [max(e, key=torch.linalg.vector_norm) if e[0].numel() == 1 else e[0] for e in zip(*draws, strict=True)]
 
 
 @pytest.mark.parametrize("case, shape, dtype", GRID)
@@ -75,14 +72,16 @@ def test_matches_the_oracle(case, shape, dtype, device):
     tensors = case.inputs(shape, dtype, device)
     y, dy, grads = run(case, case.public, tensors, impl="fused")
     gold, _, gold_grads = run(case, case.reference, [t.double() for t in tensors], dy)
-    eager, _, eager_grads = run(case, case.public, tensors, dy, impl="reference")  # casts weights as the kernel does
-    scales, errors = case.scale(tensors, dy), scalar_errors(case, tensors, dy)
-    names, golds = ("y", *case.names), (gold, *gold_grads)
-    for name, ours, exact, plain in zip(names, (y, *grads), golds, (eager, *eager_grads), strict=True):
-        assert ours.dtype == plain.dtype, name
-        ours, plain = ours.to(dtype), plain.to(dtype)  # fp32 parameters beside a 16-bit input have 16-bit products
-        plain = (exact + errors[name]).to(dtype) if name in errors else plain
-        assert_within_budget(ours, exact, plain, terms=max(case.terms(shape), 1), scale=scales.get(name), name=name)
+    errors = (case.call(case.public, tensors, impl="reference") - gold, *plain_errors(case, tensors, dy))
+    names, terms, scales = ("y", *case.names), max(case.terms(shape), 1), case.scale(tensors, dy)
+    for name, ours, exact, error, like in zip(
+        names, (y, *grads), (gold, *gold_grads), errors, (y, *tensors), strict=True
+    ):
+        assert ours.dtype == like.dtype, name
+        # fp32 parameters beside a 16-bit input have 16-bit products
+        assert_within_budget(
+            ours.to(dtype), exact, (exact + error).to(dtype), terms=terms, scale=scales.get(name), name=name
+        )
 
 
 @each_case
@@ -169,7 +168,7 @@ def test_gradients_do_not_depend_on_who_else_wants_one(case, device):
     tensors = tiny(case, device)
     y, dy, grads = run(case, case.public, tensors, impl="fused")
     grads = dict(zip(case.names, grads, strict=True))
-    for wanted in ({case.names[0]}, {*case.names[1:]}, {case.names[-1]}, {*case.names[1::2]}):
+    for wanted in ({case.names[0]}, {*case.names[1:]}, {*case.names[1::2]}):
         names = [name for name in case.names if name in wanted]
         alone = run(case, case.public, tensors, dy, wanted, impl="fused")
         assert_same_bits(case, alone, (y, dy, [grads[name] for name in names]), names)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rsfast import cli, harma
+from rsfast import cli, harma, models
 from rsfast.harma import demo
 from rsfast.harma.measure import Measure, resident_memory
 
@@ -81,8 +81,8 @@ def test_adapters_that_change_on_disk_fail_the_demo(tmp_path, monkeypatch, capsy
             next(p for name, p in model.named_parameters() if name.endswith("up.bias")).add_(0.1)
         return save(model, folder)
 
-    save = demo.save_adapters
-    monkeypatch.setattr(demo, "save_adapters", spoilt)
+    save = models.save_adapters
+    monkeypatch.setattr(models, "save_adapters", spoilt)
     small = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"epochs": 1}).items()]
     args = parse("--out", str(tmp_path), *small)
     assert args.run(args) == 1

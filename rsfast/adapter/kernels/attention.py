@@ -92,18 +92,17 @@ def streamed(qkv_ptr, wo_ptr, bo_ptr, o_ptr, lse_ptr, rows, valid, end,
 
 
 @triton.jit
-def _pair(q, k, v, do, lse, delta, rows, keys, valid, HEAD: tl.constexpr,
+def _pair(q, k, v, do, lse, rows, keys, valid, HEAD: tl.constexpr,
           BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Transposed P and dS of a block of queries and keys, (keys, rows): P = 2^(S - lse), dS = P (dO V^T - delta)."""
+    """Transposed P = 2^(S - lse) and dP = dO V^T of a block of queries and keys, (keys, rows)."""
     s = dot(k, q.T, tl.zeros([BLOCK_K, BLOCK_L], tl.float32)) * (LOG2E / HEAD**0.5)
     inside = (keys[:, None] < valid) & (rows[None, :] < valid)
     p = tl.where(inside, tl.exp2(s - lse[None, :]), 0.0)
-    dp = dot(v, do.T, tl.zeros([BLOCK_K, BLOCK_L], tl.float32))
-    return cast(p, q.dtype), cast(p * (dp - delta[None, :]), q.dtype)
+    return p, dot(v, do.T, tl.zeros([BLOCK_K, BLOCK_L], tl.float32))
 
 
 @triton.jit
-def resident_grad(dx, x_ptr, dy_ptr, wi_ptr, bi_ptr, wo_ptr, o_ptr, lse_ptr, dqkv_ptr, rows, valid, end,
+def resident_grad(dx, x_ptr, dy_ptr, wi_ptr, bi_ptr, wo_ptr, dqkv_ptr, rows, valid, end,
                   WIDTH: tl.constexpr, HEADS: tl.constexpr,
                   BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dx plus the gradient of ``resident`` in its input; q, k and v are projected again, their gradients written out.
@@ -118,14 +117,17 @@ def resident_grad(dx, x_ptr, dy_ptr, wi_ptr, bi_ptr, wo_ptr, o_ptr, lse_ptr, dqk
         first = head * HEAD
         wo = load(wo_ptr + first, outs, cols, WIDTH, WIDTH, HEAD)  # [BLOCK_R, BLOCK_H]
         do = cast(dot(load(dy_ptr, rows, outs, WIDTH, valid, WIDTH), wo, zero), wo.dtype)
-        o = load(o_ptr + first, rows, cols, WIDTH, valid, HEAD)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)  # of the rounded do, as dO V^T is: they cancel
-        lse = tl.load(lse_ptr + head * end + rows, mask=rows < valid, other=0.0)
         x = load(x_ptr, rows, outs, WIDTH, valid, WIDTH)
         q = _project(x, wi_ptr, bi_ptr, first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         k = _project(x, wi_ptr, bi_ptr, WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
         v = _project(x, wi_ptr, bi_ptr, 2 * WIDTH + first, WIDTH, HEAD, BLOCK_L, BLOCK_R, BLOCK_H)
-        p, ds = _pair(q, k, v, do, lse, delta, rows, rows, valid, HEAD, BLOCK_L, BLOCK_L)
+        s = dot(k, q.T, tl.zeros([BLOCK_L, BLOCK_L], tl.float32)) * (LOG2E / HEAD**0.5)  # (keys, rows)
+        s = tl.where(rows[:, None] < tl.maximum(valid, 1), s, float("-inf"))
+        p = tl.exp2(s - tl.max(s, 0)[None, :])
+        p = p / tl.sum(p, 0)[None, :]
+        dp = dot(v, do.T, tl.zeros([BLOCK_L, BLOCK_L], tl.float32))
+        delta = tl.sum(p * dp, 0)  # all keys are here; from the rounded o it would cancel less well
+        ds = cast(p * (dp - delta[None, :]), wo.dtype)
         dv = cast(dot(p, do, zero), wo.dtype)
         store(dqkv_ptr + 2 * WIDTH + first, dv, rows, cols, 3 * WIDTH, valid, end, HEAD)
         dx = dot(dv, load(wi_ptr + (2 * WIDTH + first) * WIDTH, cols, outs, WIDTH, HEAD, WIDTH), dx)
@@ -171,9 +173,9 @@ def streamed_grad_kernel(qkv_ptr, do_ptr, o_ptr, lse_ptr, dqkv_ptr, lengths_ptr,
         o = load(o_ptr, rows, cols, WIDTH, valid, HEAD)
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         lse = tl.load(lse_ptr + rows, mask=rows < valid, other=0.0)
-        p, ds = _pair(q, k, v, do, lse, delta, rows, mine, valid, HEAD, BLOCK_L, BLOCK_L)
+        p, dp = _pair(q, k, v, do, lse, rows, mine, valid, HEAD, BLOCK_L, BLOCK_L)
         dv = dot(p, do, dv)
-        dk = dot(ds, q, dk)
+        dk = dot(p * (dp - delta[None, :]), q, dk)
     q = load(q_ptr, mine, cols, 3 * WIDTH, valid, HEAD)
     do = load(do_ptr, mine, cols, WIDTH, valid, HEAD)
     o = load(o_ptr, mine, cols, WIDTH, valid, HEAD)
@@ -183,8 +185,8 @@ def streamed_grad_kernel(qkv_ptr, do_ptr, o_ptr, lse_ptr, dqkv_ptr, lengths_ptr,
         keys = key + tl.arange(0, BLOCK_L)
         k = load(k_ptr, keys, cols, 3 * WIDTH, valid, HEAD)
         v = load(v_ptr, keys, cols, 3 * WIDTH, valid, HEAD)
-        _, ds = _pair(q, k, v, do, lse, delta, mine, keys, valid, HEAD, BLOCK_L, BLOCK_L)
-        dq = dot(ds.T, k, dq)
+        p, dp = _pair(q, k, v, do, lse, mine, keys, valid, HEAD, BLOCK_L, BLOCK_L)
+        dq = dot((p * (dp - delta[None, :])).T, k, dq)
     dqkv_ptr += sample * L * 3 * WIDTH + first
     store(dqkv_ptr, dq * (1 / HEAD**0.5), mine, cols, 3 * WIDTH, valid, L, HEAD)
     store(dqkv_ptr + WIDTH, dk * (1 / HEAD**0.5), mine, cols, 3 * WIDTH, valid, L, HEAD)

@@ -96,7 +96,7 @@ def _shared_out_grad(dx1, q, p, gate_ptr, su_ptr, gates_ptr, R: tl.constexpr, S:
 
 @triton.jit
 def resident_grad_kernel(
-    x_ptr, dy_ptr, o_ptr, lse_ptr, wi_ptr, bi_ptr, wo_ptr, lengths_ptr, dqkv_ptr, dx_ptr,
+    x_ptr, dy_ptr, wi_ptr, bi_ptr, wo_ptr, lengths_ptr, dqkv_ptr, dx_ptr,
     dz_ptr, dp_ptr, sd_ptr, sgate_ptr, dx1_ptr,
     dm_ptr, a_ptr, gate_ptr, wd_ptr, dout_ptr, da_ptr, din_ptr,
     L, D, stride_dyb, stride_dyl, stride_dxb, stride_dxl,
@@ -118,7 +118,7 @@ def resident_grad_kernel(
         dx += (1 - sigmoid_at(sgate_ptr)) * load(dz_ptr + at, rows, cols, WIDTH, valid, WIDTH).to(tl.float32)
     if DOWN:
         dx += sigmoid_at(gate_ptr) * load(dm_ptr + at, rows, cols, WIDTH, valid, WIDTH).to(tl.float32)
-    dx = resident_grad(dx, x_ptr + at, dy_ptr + at, wi_ptr, bi_ptr, wo_ptr, o_ptr + at, lse_ptr + sample * HEADS * L,
+    dx = resident_grad(dx, x_ptr + at, dy_ptr + at, wi_ptr, bi_ptr, wo_ptr,
                        dqkv_ptr + 3 * at, rows, valid, L, WIDTH, HEADS, BLOCK_L, BLOCK_W, BLOCK_H)  # fmt: skip
     if SHARED:
         store(dp_ptr + at, dx, rows, cols, WIDTH, valid, L, WIDTH)

@@ -151,9 +151,9 @@ def _backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates
             WIDTH=width, HEADS=heads, BLOCK_H=head_block, **c.options("L"),
         )  # fmt: skip
 
-    def whole(x, dy_, o, lse, wi, bi, wo, dqkv, dx_, width, heads, blocks, shared=False, down=False):
+    def whole(x, dy_, wi, bi, wo, dqkv, dx_, width, heads, blocks, shared=False, down=False):
         backward.resident_grad_kernel[(B,)](
-            x, dy_, o, lse, wi, bi, wo, c.lengths, dqkv, dx_, dz, dp, sh.down_weight, sh.gate, dx1,
+            x, dy_, wi, bi, wo, c.lengths, dqkv, dx_, dz, dp, sh.down_weight, sh.gate, dx1,
             dm, a, c.gate, c.wd, dy, da, dx, L, D, dy.stride(0), dy.stride(1), *_strides(dx),
             WIDTH=width, HEADS=heads, R=R, SHARED=shared, DOWN=down, NEED_DX=dx.numel() > 0,
             BLOCK_W=blocks[0], BLOCK_H=blocks[1], **c.options("L R D", c.plan.grad_warps),
@@ -169,7 +169,7 @@ def _backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates
     own = R, c.heads, (c.plan.BLOCK_R, c.plan.BLOCK_H)
     inner = S, c.shared_heads, (c.plan.BLOCK_S, c.plan.BLOCK_HS)
     if resident:
-        whole(inputs[1], dxo[1], o[1], lse[1], c.wi, c.bi, c.wo, dqkv[1], dx1 if share else dxo[0], *own)
+        whole(inputs[1], dxo[1], c.wi, c.bi, c.wo, dqkv[1], dx1 if share else dxo[0], *own)
     else:
         streamed(qkv, do, o[1], lse[1], dqkv[1], R, c.heads, c.plan.BLOCK_H)
     if share:
@@ -179,11 +179,11 @@ def _backward(c: _Call, dy, a, o, lse, os, lses, m, dm, dxo, inputs, dqkv, gates
             R=R, S=S, STREAMED=not resident, **c.options("L R S K N"),
         )  # fmt: skip
         if resident:
-            whole(p, dqs, os, lses, *sh[2:5], dqkvs, dxo[0], *inner, shared=True)
+            whole(p, dqs, *sh[2:5], dqkvs, dxo[0], *inner, shared=True)
         else:
             streamed(qkvs, dos, os, lses, dqkvs, S, c.shared_heads, c.plan.BLOCK_HS)
     if resident:
-        return whole(inputs[0], dxo[0], o[0], lse[0], c.wi, c.bi, c.wo, dqkv[0], None, *own, down=True)
+        return whole(inputs[0], dxo[0], c.wi, c.bi, c.wo, dqkv[0], None, *own, down=True)
     backward.middle_grad_kernel[grid](
         dqkv[1], dx1, dp, c.wi, c.bi, c.wo, sh.down_weight, c.lengths, dxo, do, inputs, qkv,
         dqkvs, dz, sh.in_proj_weight, sh.gate, L, c.tiles,
