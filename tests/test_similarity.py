@@ -182,7 +182,7 @@ BAD_TRIPLET = BAD | {
     "text_features must have 4 rows, one an image, got 3": (ONES, ONES[:3], {}),
     "negatives must be 'all' or 'hardest', got 'some'": (ONES, ONES, dict(negatives="some")),
     "image_ids are needed with mask_same_id=True": (ONES, ONES, dict(mask_same_id=True)),
-    "gamma must be 0 or at least 1": (ONES, ONES, dict(gamma=0.5)),
+    "gamma must be 0 or more, got -1": (ONES, ONES, dict(gamma=-1)),
     "impl must be 'auto', 'fused' or 'reference', got 'fast'": (ONES, ONES, dict(impl="fast")),
 }
 

@@ -94,7 +94,7 @@ def adaptive_triplet_loss(
         image_features: Row i matches row i of ``text_features``. Unit norm is the caller's business.
         text_features: Same shape, dtype and device.
         margin: In units of the inner product.
-        gamma: Exponent of the weight, at least 1; or 0, the plain triplet loss, halved.
+        gamma: Exponent of the weight, 0 or more; 0 is the plain triplet loss, halved.
         negatives: Sum over all negatives, or only the hardest of each row and column.
         image_ids: Integers, used with ``mask_same_id``.
         text_ids: Defaults to ``image_ids``.
@@ -120,8 +120,8 @@ def adaptive_triplet_loss(
         raise ValueError(f"text_features must have {len(image_features)} rows, one an image, got {len(text_features)}")
     if negatives not in ("all", "hardest"):
         raise ValueError(f"negatives must be 'all' or 'hardest', got {negatives!r}")
-    if gamma != 0 and not gamma >= 1:
-        raise ValueError(f"gamma must be 0 or at least 1, where the loss has a gradient everywhere, got {gamma}")
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be 0 or more, got {gamma}")
     if mask_same_id and image_ids is None:
         raise ValueError("image_ids are needed with mask_same_id=True, got None")
     use_fused(impl, why_not_fused(image_features))
