@@ -183,7 +183,9 @@ DAMAGE = {
         r"visual\.0\.gate must be floating point, got torch\.complex64",
     ),
     "float8": (
-        lambda f: edit_tensors(f, lambda t: t.update({"visual.0.gate": torch.tensor(torch.nan).to(torch.float8_e4m3fn)})),
+        lambda f: edit_tensors(
+            f, lambda t: t.update({"visual.0.gate": torch.tensor(torch.nan).to(torch.float8_e4m3fn)})
+        ),
         r"visual\.0\.gate is not finite",
     ),
     "missing": (lambda f: edit_tensors(f, lambda t: t.pop("visual.1.gate")), r"visual\.1\.gate is missing"),

@@ -1,7 +1,9 @@
-"""README does what it says: its Python runs as written, its commands exist, CI runs its test command."""
+"""README does what it says, docstrings too: its Python runs as written, its commands exist, CI runs its test command."""
 
 import argparse
+import doctest
 import importlib
+import pkgutil
 import re
 import shlex
 
@@ -29,6 +31,17 @@ def test_python_blocks_run_in_order(capsys):
     names = {"__name__": "readme"}
     for number, block in enumerate(blocks("python")):
         exec(compile(block, f"README.md, python block {number}", "exec"), names)
+
+
+def test_examples_of_docstrings_run_as_they_stand():
+    finder, runner, seen = doctest.DocTestFinder(), doctest.DocTestRunner(), 0
+    for found in pkgutil.walk_packages(rsfast.__path__, "rsfast."):
+        if ".kernels" in found.name:  # need Triton, and show no examples
+            continue
+        for example in finder.find(importlib.import_module(found.name), globs={}):
+            seen += bool(example.examples)
+            runner.run(example)
+    assert runner.summarize().failed == 0 and seen >= 14
 
 
 def test_the_replacement_is_the_same_function():
