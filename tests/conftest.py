@@ -24,13 +24,6 @@ def _poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace):
-    import rsfast
-
-    doctest_namespace.update(rsfast=rsfast, torch=torch)
-
-
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,9 @@
-"""README does what it says: its Python runs as written, its commands exist, CI runs its test command."""
+"""README and docstrings do what they say: their Python runs as written, commands exist, CI runs the test command."""
 
 import argparse
+import doctest
 import importlib
+import pkgutil
 import re
 import shlex
 
@@ -31,6 +33,17 @@ def test_python_blocks_run_in_order(capsys):
         exec(compile(block, f"README.md, python block {number}", "exec"), names)
 
 
+def test_examples_of_docstrings_run_as_they_stand():
+    finder, runner, seen = doctest.DocTestFinder(), doctest.DocTestRunner(), 0
+    for found in pkgutil.walk_packages(rsfast.__path__, "rsfast."):
+        if ".kernels" in found.name:  # need Triton, and show no examples
+            continue
+        for example in finder.find(importlib.import_module(found.name), globs={}):
+            seen += bool(example.examples)
+            runner.run(example)
+    assert runner.summarize().failed == 0 and seen >= 14
+
+
 def test_the_replacement_is_the_same_function():
     """What README calls the code you have equals what it puts in its place."""
     have = {}
@@ -55,7 +68,7 @@ def test_the_replacement_is_the_same_function():
 
 def test_two_setup_commands_come_first():
     demo, tests = (block.strip() for block in blocks("bash")[:2])
-    for command, end in ((demo, "rsfast demo"), (tests, "python -m pytest")):
+    for command, end in ((demo, "rsfast demo"), (tests, "python -m pytest -n 2 --dist loadgroup")):
         assert "\n" not in command and command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
         assert command.endswith(f".venv/bin/{end}") and "-c constraints.txt" in command and "clone" not in command
     assert '-e ".[test]"' in tests

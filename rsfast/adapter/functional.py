@@ -75,6 +75,7 @@ def gated_adapter(
     a 16-bit dtype, 6 R bytes plus 8 bytes a head; with ``shared`` R + 4 bytes a head more. All else is recomputed.
 
     Example:
+        >>> import torch, rsfast
         >>> adapter = rsfast.GatedAdapter(64, bottleneck=32)
         >>> x = torch.randn(2, 5, 64)
         >>> torch.equal(adapter(x), x)  # the up-projection starts at zero

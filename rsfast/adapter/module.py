@@ -58,6 +58,7 @@ class SharedAdapter(_Bottleneck):
     Source: HarMA, arXiv 2404.18253; upstream ``BiShareAdapter``, whose GELU is overwritten before use and left out.
 
     Example:
+        >>> import rsfast
         >>> shared = rsfast.SharedAdapter(64)
         >>> image, text = (rsfast.GatedAdapter(width, 64, shared=shared) for width in (96, 48))
         >>> image.shared is text.shared
@@ -91,6 +92,7 @@ class GatedAdapter(_Bottleneck):
         ValueError: ``num_heads`` does not divide ``bottleneck``, or ``shared`` has another bottleneck.
 
     Example:
+        >>> import torch, rsfast
         >>> adapter = rsfast.GatedAdapter(96, bottleneck=64)
         >>> adapter(torch.randn(2, 7, 96), lengths=torch.tensor([7, 3])).shape
         torch.Size([2, 7, 96])

@@ -49,6 +49,7 @@ def contrastive_loss(
     Precision: the features' dtype throughout. Deterministic: yes. Cost: N x M memory.
 
     Example:
+        >>> import torch, rsfast
         >>> v = t = torch.eye(4)
         >>> rsfast.contrastive_loss(v, t, torch.tensor(100.0)).item() < 1e-6
         True
@@ -111,6 +112,7 @@ def adaptive_triplet_loss(
     Precision: the features' dtype throughout. Deterministic: yes. Cost: N x N memory.
 
     Example:
+        >>> import torch, rsfast
         >>> v = t = torch.eye(4)
         >>> rsfast.adaptive_triplet_loss(v, t).item()
         0.0
