@@ -19,6 +19,7 @@ class Measure:
     on Linux).
 
     Example:
+        >>> import torch
         >>> from rsfast.harma.measure import Measure
         >>> with Measure() as measured:
         ...     x = torch.zeros(1_000_000)

@@ -44,7 +44,7 @@ def retrieval_metrics(
     so that equal features tie whatever the block. Deterministic: yes. Cost: 4 N M D FLOPs; no N x M matrix, no sort.
 
     Example:
-        >>> import rsfast.harma
+        >>> import torch, rsfast.harma
         >>> eye = torch.eye(3)
         >>> rsfast.harma.retrieval_metrics(eye, eye, torch.arange(3))["r_mean"]
         100.0

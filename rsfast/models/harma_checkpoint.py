@@ -60,7 +60,7 @@ def convert_harma_adapter(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Example:
         >>> from rsfast.models.harma_checkpoint import OWN  # HarMA's names, and ours
-        >>> import rsfast.models
+        >>> import torch, rsfast.models
         >>> adapter = rsfast.GatedAdapter(16, bottleneck=32)
         >>> harma = {theirs: adapter.state_dict()[ours] for theirs, ours in OWN.items()}
         >>> adapter.load_state_dict(rsfast.models.convert_harma_adapter({**harma, "block_gate": torch.tensor(0.1)}))
