@@ -113,10 +113,10 @@ def test_contrastive_losses_pair_by_pair(image_ids, text_ids, smoothing):
         image, text, torch.tensor(6.0), image_ids=ids[0], text_ids=ids[1], label_smoothing=smoothing
     )
     assert loss.item() == pytest.approx((to_text + to_image) / 2, rel=1e-12)
-    keys = ids[0] if ids[1] is None else ids[1]
+    partners = ids[0] if ids[1] is None else ids[1]
     for by_hand, queries, keys, query_ids, key_ids in (
-        (to_text, image, text, ids[0], keys),
-        (to_image, text, image, keys, ids[0]),
+        (to_text, image, text, ids[0], partners),
+        (to_image, text, image, partners, ids[0]),
     ):
         loss = one_way_loss(
             queries, keys, torch.tensor(6.0), query_ids=query_ids, key_ids=key_ids, label_smoothing=smoothing
