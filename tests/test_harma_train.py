@@ -101,7 +101,8 @@ class Interrupting(CaptionedImages):
 
 def test_a_signal_ends_the_step_and_saves(tmp_path):
     data = in_memory()
-    stopped = run(tmp_path / "a", train_data=Interrupting(data.images, data.texts, data.text_to_image))
+    signalling = Interrupting(data.images, data.texts, data.text_to_image, labels=data.labels)
+    stopped = run(tmp_path / "a", train_data=signalling)
     assert (stopped.stopped, stopped.steps) == ("SIGTERM", 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     run(tmp_path / "a", resume="latest")
@@ -304,7 +305,7 @@ def test_bad_settings(tmp_path, changes, message):
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     run(tmp_path / "run", lr=1e30, max_steps=1, epochs=1)
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    with pytest.raises(ValueError, match="the loss is nan at step 2; .* checkpoint of before is kept"):
+    with pytest.raises(ValueError, match="logit_scale must be .* got 0.0 at step 2; .* checkpoint of before is kept"):
         run(tmp_path / "run", lr=1e30, epochs=1, resume="latest")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
@@ -357,7 +358,7 @@ def test_tensorboard(tmp_path, monkeypatch):
 
     run(tmp_path / "run", report_to="tensorboard", epochs=1)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert {"train/loss", "train/lr", "val/r_mean"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/drift_text", "val/r_mean"} <= set(events.Tags()["scalars"])
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"tensorboard is not installed; pip install 'rsfast\[tensorboard\]'"):
         run(tmp_path / "other", report_to="tensorboard")
@@ -366,7 +367,9 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 def test_two_processes_train_as_one(tmp_path):
     # a large eps makes Adam's step proportional to the gradient, so a wrong factor shows
-    settings = dict(epochs=1, eps=1.0, lr=1.0, max_steps=2)
+    settings = dict(
+        epochs=1, eps=1.0, lr=1.0, max_steps=2, uniformity_weight=2.0, affiliation_weight=1.0, drift_weight=3
+    )
     one = run(tmp_path / "one", **settings)
     code = (
         "import sys; from tests.test_harma_train import config, in_memory, train, torch; torch.set_num_threads(1)\n"
