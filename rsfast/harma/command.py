@@ -70,7 +70,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--gamma", "of the adaptive triplet loss", type=float)
     add("--uniformity-weight", "of spreading each modality's features out", type=float)
     add("--affiliation-weight", "of drawing features to the centres of their scene classes; needs labels", type=float)
-    add("--drift-weight", "of staying near the features of the model training started from", type=float)
+    add("--drift-weight", "of staying near the frozen model's features", type=float)
     add("--bottleneck", "inner width of the adapters", type=int)
     add("--num-heads", "heads of the adapters", type=int)
     add("--share", "who owns sub-adapters: both towers together, text alone, nobody", choices=("both", "text", "none"))

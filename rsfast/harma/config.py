@@ -43,8 +43,9 @@ class TrainConfig:
         uniformity_weight: Of the uniformity of images and of texts, half each, which spreads a modality's features out.
         affiliation_weight: Of the affiliation loss, which draws a feature to the other modality's centre of its scene
             class; the training data must name the class of every image.
-        drift_weight: Of the mean squared distance to the features of the same batch by the frozen model that training
-            started from, images and texts half each; the paper's constraint on leaving that model, as a penalty.
+        drift_weight: Of the mean squared distance to the frozen model's features of the same inputs, images and texts
+            half each; the paper's constraint on leaving that model, as a penalty. The frozen model is this one without
+            its adapters, or for ``full`` a copy of the weights the run starts from.
         bottleneck: Of the adapters.
         num_heads: Of the adapters.
         share: As in :func:`rsfast.models.add_adapters`.

@@ -63,7 +63,8 @@ def train(
 
     Source: HarMA, arXiv 2404.18253; upstream ``Retrieval.py``. Differs from upstream: the best epoch is chosen on the
     validation data, never on the test data; the same seed gives the same bits; the learnable temperature is
-    open_clip's ``logit_scale``, the logarithm of its inverse.
+    open_clip's ``logit_scale``, the logarithm of its inverse. Uniformity and drift, which the paper has and the code
+    has not, are reported; their weights, and that of the affiliation loss, make them part of the loss.
 
     Args:
         config: Settings.
