@@ -302,7 +302,7 @@ def test_bad_settings(tmp_path, changes, message):
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     run(tmp_path / "run", lr=1e30, max_steps=1, epochs=1)
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    with pytest.raises(ValueError, match="logit_scale must be .* got 0.0 at step 2; .* checkpoint of before is kept"):
+    with pytest.raises(ValueError, match="1 / temperature is 0.0 at step 2; .* checkpoint of before is kept"):
         run(tmp_path / "run", lr=1e30, epochs=1, resume="latest")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 

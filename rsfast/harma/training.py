@@ -192,13 +192,12 @@ class Trainer:
         )  # what a model draws does not know of resuming
         with self._autocast():
             image_features, text_features, logit_scale = self.towers(images, tokens)
-        try:
-            loss, found = self.objective(
-                gather(image_features), gather(text_features), logit_scale, image_ids=gather(ids),
-                labels=gather(labels) if c.affiliation_weight else None, frozen=frozen, report=report,
-            )  # fmt: skip
-        except ValueError as error:  # on a CPU the losses look at the temperature
-            raise ValueError(self._diverged(error, step + 1)) from error
+        if not logit_scale.is_cuda and not 0 < logit_scale.item() < math.inf:  # where it costs nothing to look
+            raise ValueError(self._diverged(f"1 / temperature is {logit_scale.item()}", step + 1))
+        loss, found = self.objective(
+            gather(image_features), gather(text_features), logit_scale, image_ids=gather(ids),
+            labels=gather(labels) if c.affiliation_weight else None, frozen=frozen, report=report,
+        )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, lr=c.lr, warmup_steps=self.setup.warmup_steps, total_steps=c.epochs * self.setup.steps_per_epoch
@@ -275,7 +274,7 @@ class Trainer:
         if not self.last_loss.isfinite():
             raise ValueError(self._diverged(f"the loss is {self.last_loss.item()}", self.step))
 
-    def _diverged(self, what, step: int) -> str:
+    def _diverged(self, what: str, step: int) -> str:
         return (
             f"{what} at step {step}; a lower lr or another precision may help. "
             f"The checkpoint of before is kept in {self.setup.run}"
