@@ -192,7 +192,7 @@ class Trainer:
         )  # what a model draws does not know of resuming
         with self._autocast():
             image_features, text_features, logit_scale = self.towers(images, tokens)
-        if not logit_scale.is_cuda and not 0 < logit_scale.item() < math.inf:  # where it costs nothing to look
+        if logit_scale.device.type == "cpu" and not 0 < logit_scale.item() < math.inf:  # where it costs nothing to look
             raise ValueError(self._diverged(f"1 / temperature is {logit_scale.item()}", step + 1))
         loss, found = self.objective(
             gather(image_features), gather(text_features), logit_scale, image_ids=gather(ids),
