@@ -175,6 +175,8 @@ def test_help_imports_nothing_heavy():
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert "--grad-checkpointing" in done.stdout and "(default: 214)" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "near the frozen model's features (default: 0.0)" in words and "MISSING" not in words
 
 
 def test_info(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rsfast.harma.config import PRECISIONS, TrainConfig
 
-DEFAULT = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+DEFAULT = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(TrainConfig)}
 
 
 def add_parser(subparsers) -> None:
@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
