@@ -1,6 +1,6 @@
 """HarMA's pair of losses as its authors' code computes it, written again from its equations: the baseline to beat.
 
-Source: arXiv 2404.18253; upstream ``get_contr_loss`` and ``weighted_triplet_loss`` on one process. Upstream trains in fp32.
+Source: arXiv 2404.18253; upstream ``get_contr_loss`` and ``weighted_triplet_loss`` on one process. It trains in fp32.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 def as_written(image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor) -> tuple[Tensor, Tensor]:
     """In fp32 whatever comes in; S computed three times, the mask built on the CPU, the triplet computed twice."""
-    image, text = image.float(), text.float()
+    image, text = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (image, text))
     _triplet(image @ text.t(), _mask_from_the_cpu(image))  # upstream's forward throws the first one away
     contrastive = _contrastive(image @ text.t() * logit_scale, image_ids)
     return contrastive, _triplet(image @ text.t(), _mask_from_the_cpu(image))
@@ -17,7 +17,8 @@ def as_written(image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: T
 
 def cleaned(image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The same with one S, a product in the features' dtype, one triplet and a mask built on the device."""
-    scores = (image @ text.t()).float()
+    scores = image @ text.t()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     mask = torch.eye(len(scores), device=scores.device, dtype=torch.bool)
     return _contrastive(scores * logit_scale, image_ids), _triplet(scores, mask)
 
@@ -28,7 +29,7 @@ def _mask_from_the_cpu(features: Tensor) -> Tensor:
 
 def _contrastive(logits: Tensor, ids: Tensor) -> Tensor:
     ids = ids.view(-1, 1)
-    positive = torch.eq(ids, ids.t()).float()
+    positive = torch.eq(ids, ids.t()).to(logits.dtype)
     target = positive / positive.sum(dim=1, keepdim=True)
     by_image, by_text = (-(z.log_softmax(dim=1) * target).sum(dim=1).mean() for z in (logits, logits.t()))
     return (by_image + by_text) / 2

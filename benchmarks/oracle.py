@@ -91,29 +91,36 @@ def contrastive(s: Scores, image, text, logit_scale, *, image_ids=None) -> Tenso
 
 
 def adaptive_triplet(s: Scores, image, text, *, margin=0.2, gamma=2.0) -> Tensor:
-    own = s.own(image, text)
-
-    def weighed(cost):
-        return (-torch.expm1(-cost)) ** gamma * cost
-
-    def partial(scores, numbers):
-        others = scores.masked_fill(numbers[:, None] == torch.arange(len(own), device=own.device), -torch.inf)
-        by_row, by_column = ((margin + others - d).relu() for d in (own[numbers, None], own))
-        return weighed(by_row).sum() + weighed(by_column).sum()
-
-    return sum(s.chunks(image, text, partial)) / 2
+    return _violations(s, image, text, margin, lambda cost: (-torch.expm1(-cost)) ** gamma * cost) / 2
 
 
-def hardest_triplet(s: Scores, image, text, *, margin=0.2) -> Tensor:
+def triplet(s: Scores, image, text, *, margin=0.2, negatives="all") -> Tensor:
+    if negatives == "all":
+        return _violations(s, image, text, margin, lambda cost: cost)
     own = s.own(image, text)
 
     def partial(scores, numbers):
-        others = scores.masked_fill(numbers[:, None] == torch.arange(len(own), device=own.device), -torch.inf)
+        others = _others(scores, numbers)
         return others.max(1).values, others.max(0).values
 
     rows, columns = zip(*s.chunks(image, text, partial), strict=True)
     hardest = torch.cat(rows), torch.stack(columns).max(0).values
     return sum((margin + h - own).relu().sum() for h in hardest)
+
+
+def _others(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Without the pairs i = j."""
+    return scores.masked_fill(numbers[:, None] == torch.arange(scores.shape[1], device=scores.device), -torch.inf)
+
+
+def _violations(s: Scores, image, text, margin: float, weigh) -> Tensor:
+    own = s.own(image, text)
+
+    def partial(scores, numbers):
+        others = _others(scores, numbers)
+        return sum(weigh((margin + others - d).relu()).sum() for d in (own[numbers, None], own))
+
+    return sum(s.chunks(image, text, partial))
 
 
 def harma(s: Scores, image, text, logit_scale, *, image_ids=None, margin=0.2, gamma=2.0) -> tuple[Tensor, Tensor]:
@@ -136,8 +143,7 @@ def uniformity(s: Scores, features, *, t=2.0) -> Tensor:
     n = len(features)
 
     def partial(scores, numbers):
-        same = numbers[:, None] == torch.arange(n, device=features.device)
-        return (2 * t * (scores - 1)).masked_fill(same, -torch.inf).logsumexp((0, 1))
+        return (2 * t * (_others(scores, numbers) - 1)).logsumexp((0, 1))
 
     return torch.stack(s.chunks(features, features, partial)).logsumexp(0) - math.log(n * (n - 1))
 

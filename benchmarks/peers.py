@@ -90,7 +90,9 @@ def _liger_scaled(module, x, weight, target):
 
 
 def _cce(filter_eps: str | None) -> Callable:
-    return _two_ways(lambda module, x, weight, target: module.linear_cross_entropy(x, weight, target, filter_eps=filter_eps))
+    return _two_ways(
+        lambda module, x, weight, target: module.linear_cross_entropy(x, weight, target, filter_eps=filter_eps)
+    )
 
 
 def _siglip_kernel(module, image, text, logit_scale, logit_bias):
