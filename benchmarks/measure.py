@@ -252,7 +252,7 @@ def facts() -> dict[str, float]:
     return found
 
 
-def gemm_seconds(n: int, d: int, chunk: int = 8192) -> dict[str, float]:
+def gemm_seconds(n: int, d: int, chunk: int = 8192, device: str = "cuda") -> dict[str, float]:
     """What cuBLAS takes for the four bf16 products of a loss that recomputes S = I T^T in its backward.
 
     S in either pass; G T of ``chunk`` rows of the gradient at a time, and G^T I added to an fp32 sum. Where S is too
@@ -261,14 +261,13 @@ def gemm_seconds(n: int, d: int, chunk: int = 8192) -> dict[str, float]:
     Returns:
         Seconds of the ``forward`` product, and of the three of the ``backward``.
     """
-    image, text = (torch.randn(n, d, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     chunk, rows = min(n, chunk), n if n <= 65536 else min(n, chunk)
-    scores = torch.empty(rows, n, dtype=torch.bfloat16, device="cuda")
-    total, part = torch.zeros(n, d, device="cuda"), torch.empty(chunk, d, dtype=torch.bfloat16, device="cuda")
+    image, text = (torch.randn(n, d, dtype=torch.bfloat16, device=device) for _ in range(2))
+    scores = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
+    part, total = torch.empty_like(image[:chunk]), torch.zeros(n, d, device=device)
     of_scores = event_seconds(lambda: torch.mm(image[:rows], text.mT, out=scores)) * n / rows
     g = scores[:chunk]
     of_image = event_seconds(lambda: torch.mm(g, text, out=part)) * n / chunk
-    of_text = event_seconds(
-        lambda: torch.addmm(total, g.mT, image[:chunk], out_dtype=torch.float32, out=total)
-    )  # fmt: skip
-    return {"forward": of_scores, "backward": of_scores + of_image + of_text * n / chunk}
+    add = functools.partial(torch.addmm, total, g.mT, image[:chunk], out_dtype=torch.float32, out=total)
+    of_text = event_seconds(add) * n / chunk
+    return {"forward": of_scores, "backward": of_scores + of_image + of_text}
