@@ -48,7 +48,7 @@ class Scores:
 
         numbers = torch.arange(len(image), device=image.device)
         return [
-            checkpoint(run, *chunk, use_reentrant=False)
+            checkpoint(run, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(image.split(self.rows), numbers.split(self.rows), strict=True)
         ]
 

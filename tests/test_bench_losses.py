@@ -326,8 +326,40 @@ def test_what_fails_is_a_skipped_row_unless_it_is_ours(monkeypatch, installed):
         with pytest.raises(pytest.skip.Exception, match=said):
             ready(impl, error)
     for impl, error in (("fused", full), ("reference", RuntimeError("no kernel image"))):
-        with pytest.raises(type(error)):
+        with pytest.raises((type(error), pytest.skip.Exception)) as found:
             ready(impl, error)
+        assert found.type is type(error), "ours is not skipped"
+
+
+class Facts:
+    def __init__(self):
+        self.found = {}
+
+    def facts(self, found):
+        self.found |= found
+
+
+@pytest.mark.parametrize("which, gemms", (("forward", 1.0), ("backward", 3.0), ("forward+backward", 4.0)))
+def test_a_row_holds_its_errors_and_the_products_of_its_pass(monkeypatch, which, gemms):
+    rows, writer = [], Facts()
+    monkeypatch.setattr(bench_losses, "gemm_seconds", lambda n, d: {"forward": 1.0, "backward": 3.0})
+    monkeypatch.setattr(bench_losses, "measure", lambda *args, **options: {"seconds": 9.0, "options": options})
+    bench_losses.bench_loss(
+        lambda key, run, moved, flops: rows.append(key | run(None, None) | dict(bytes=moved, flops=flops)),
+        writer, "harma_loss_ids", (N, D), BF16, "harma", which,
+    )  # fmt: skip
+    (row,) = rows
+    assert (row["family"], row["op"], row["shape"], row["dtype"]) == (
+        "similarity",
+        "harma_loss_ids",
+        "23x16",
+        "bfloat16",
+    )
+    assert row["gemm_seconds"] == gemms and row["pass"] == which and "error_logit_scale" in row
+    assert row["options"]["graph"] and row["options"]["hot"] and row["options"]["rounds"] == 50
+    assert writer.found == {"gemms_23x16_forward_seconds": 1.0, "gemms_23x16_backward_seconds": 3.0}
+    passes = {"forward": 1, "backward": 2, "forward+backward": 3}[which]
+    assert row["flops"] == passes * 2 * N * N * D and row["bytes"] == passes * 2 * N * D * 2
 
 
 def test_inputs_have_a_cone_and_violate_the_margin():
