@@ -14,6 +14,8 @@ def _gathered(rows: Tensor, rank: int, world_size: int, *, with_grad: bool = Fal
     """
     from torch import distributed
 
+    if not distributed.is_initialized():
+        raise ValueError(f"torch.distributed must be initialised for a world_size of {world_size}")
     rows = rows.contiguous()
     if with_grad:
         from torch.distributed.nn.functional import all_gather
@@ -154,7 +156,7 @@ class ContrastiveLoss(_Gathering):
 
 
 class SigmoidLoss(_Gathering):
-    """Drop-in for ``open_clip.SigLipLoss``: the same arguments, values and gradients.
+    """Drop-in for ``open_clip.loss.SigLipLoss``: the same arguments, values and gradients.
 
     Module form of :func:`rsfast.sigmoid_loss`. With several processes it is the loss of this process's images against
     everyone's texts, which are gathered, and every process must have as many rows; gradients reach everyone's texts.

@@ -64,7 +64,10 @@ def triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    use_fused(impl, why_not_fused(image_features))
+    if use_fused(impl, why_not_fused(image_features, negatives)):
+        from rsfast.similarity import kernels
+
+        return kernels.triplet_loss(image_features, text_features, gamma=0.0, weight=1.0, **options)
     return reference.triplet_loss(image_features, text_features, **options)
 
 
@@ -125,13 +128,17 @@ def adaptive_triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    use_fused(impl, why_not_fused(image_features))
+    if use_fused(impl, why_not_fused(image_features, negatives)):
+        from rsfast.similarity import kernels
+
+        return kernels.triplet_loss(image_features, text_features, gamma=gamma, weight=0.5, **options)
     return reference.adaptive_triplet_loss(image_features, text_features, gamma=gamma, **options)
 
 
-def why_not_fused(image_features: Tensor) -> list[str]:
+def why_not_fused(image_features: Tensor, negatives: Negatives = "all") -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(image_features), "the triplet losses have no kernel yet"]
+    waiting = ["the hardest negatives have no kernel yet"] if negatives == "hardest" else []
+    return [*checks.why_not_pairs(image_features), *waiting]
 
 
 def _prepared(image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, finite):
