@@ -18,7 +18,6 @@ import time
 import torch
 
 from benchmarks import results
-from benchmarks.losses import LOSSES
 from tests.cases import BF16, CASES, FP32
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,7 +49,7 @@ def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
 def sample() -> None:
     """Launch the fused kernels forward and backward at small shapes, for a sanitizer to watch."""
     for case in [c for c in CASES if c.name in SAMPLE and c.has_kernel()]:
-        for shape in (*case.small[:4], *[MANY_PAIRS] * (case.name in LOSSES)):
+        for shape in (*case.small[:4], *[MANY_PAIRS] * ("image_features" in case.names)):
             for dtype in (FP32, BF16):
                 leaves = [t.requires_grad_() for t in case.inputs(shape, dtype, "cuda")]
                 case.call(case.public, leaves, impl="fused").sum().backward()
