@@ -20,7 +20,8 @@ TEMPERATURE = torch.tensor(14.0)
 @pytest.fixture(autouse=True)
 def _tiles_only(monkeypatch):
     """However small the batch is."""
-    if hasattr(tiled, "small"): monkeypatch.setattr(tiled.small, "supports", lambda *size: False)
+    if hasattr(tiled, "small"):
+        monkeypatch.setattr(tiled.small, "supports", lambda *size: False)
 
 
 def drawn(n, m, dtype, device, near=0.0):
@@ -178,7 +179,9 @@ def test_never_waits_for_the_gpu(loss, device, seen):
     gradients(getattr(functional, name), tensors, impl="fused", **options)
     waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal")
     found = [name for name in seen if any(wait in name for wait in waits)]
-    assert len(seen) > 10 and len(found) == (len(tensors) - 2 if device == "cpu" else 0)  # numbers on the CPU are checked
+    assert len(seen) > 10 and len(found) == (
+        len(tensors) - 2 if device == "cpu" else 0
+    )  # numbers on the CPU are checked
 
 
 @each_loss

@@ -54,7 +54,8 @@ def contrastive_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Cost: N x M memory.
+    gradients in the dtype of what they belong to. Deterministic: yes. Memory: N x M numbers with the reference; the
+    kernels store no similarities, only what grows with N D and M D, and a workspace of fixed size.
 
     Example:
         >>> import torch, rsfast
@@ -124,7 +125,7 @@ def one_way_loss(
         ValueError: As in :func:`contrastive_loss`; and where a query's key lies outside ``keys``.
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
-    Precision, determinism and cost: as :func:`contrastive_loss`.
+    Precision, determinism and memory: as :func:`contrastive_loss`.
 
     Example:
         >>> import torch

@@ -47,7 +47,7 @@ def harma_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Cost: N x N memory.
+    gradients in the dtype of what they belong to. Deterministic: yes. Memory: as :func:`contrastive_loss`.
 
     Example:
         >>> import torch, rsfast
