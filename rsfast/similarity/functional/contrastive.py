@@ -54,8 +54,9 @@ def contrastive_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Memory: N x M numbers with the reference; the
-    kernels store no similarities, only what grows with N D and M D, and a workspace of fixed size.
+    gradients in the dtype of what they belong to. Deterministic: yes. Cost, fused: 2 N M D operations forward, 6 N M D
+    backward (similarities are made again), O((N + M) D) memory, a workspace of at most 1.5 GiB; the reference keeps
+    N x M similarities several times over.
 
     Example:
         >>> import torch, rsfast
@@ -125,7 +126,7 @@ def one_way_loss(
         ValueError: As in :func:`contrastive_loss`; and where a query's key lies outside ``keys``.
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
-    Precision, determinism and memory: as :func:`contrastive_loss`.
+    Precision, determinism and cost: as :func:`contrastive_loss`.
 
     Example:
         >>> import torch

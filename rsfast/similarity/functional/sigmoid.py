@@ -44,7 +44,9 @@ def sigmoid_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Memory: as :func:`contrastive_loss`.
+    gradients in the dtype of what they belong to. Deterministic: yes. Cost, fused: 2 N N D operations without
+    gradients, 6 N N D with them, O(N D) memory, a workspace of at most 1.5 GiB; the reference keeps N x N similarities
+    several times over.
 
     Example:
         >>> import torch, rsfast
@@ -97,7 +99,7 @@ def one_way_sigmoid_loss(
         ValueError: As in :func:`sigmoid_loss`; and where a query's key lies outside ``keys``.
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
-    Precision, determinism and memory: as :func:`sigmoid_loss`.
+    Precision, determinism and cost: as :func:`sigmoid_loss`.
 
     Example:
         >>> import torch
