@@ -18,6 +18,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)  # most tiles along a side
 PEAKS = tl.constexpr(64)  # programs that look for the largest feature of a side
 BLOCK_PEAK = 2048
+BLOCK = 64  # rows and features of one tile of a gradient
+NOTHING = tl.constexpr(-1e30)  # the score of what is no pair: its exponential and its violation are zero
 
 # partial results of the tiles, [slot, tile of the other side, row or column]
 ROW_MAX, ROW_SUM, COL_MAX, COL_SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -114,29 +116,25 @@ def _softplus2(x):
 def _log_sum(ptr, max_slot: tl.constexpr, sum_slot: tl.constexpr, index, own, tiles, N, rate):
     """log2 sum_{j != i} 2^(rate (S_ij - d_i))."""
     peaks, exists = _gather(ptr, max_slot, index, tiles, N)
-    peaks = tl.where(exists, peaks, float("-inf"))
+    peaks = tl.where(exists, peaks, NOTHING)
     peak = tl.max(peaks, 0)
     sums = _gather(ptr, sum_slot, index, tiles, N)[0] * tl.exp2((peaks - peak[None, :]) * rate)
     return (peak - own) * rate + tl.log2(tl.sum(sums, 0))
 
 
 @triton.jit
-def _max_and_sum(s, off, rate, AXIS: tl.constexpr):
-    """Largest score of each row (AXIS = 1) or column off the diagonal, and the sum of 2^(rate (s - largest))."""
-    s = tl.where(off, s, float("-inf"))
+def _max_and_sum(s, rate, AXIS: tl.constexpr):
+    """Largest score of each row (AXIS = 1) or column, and the sum of 2^(rate (s - largest))."""
     peak = tl.max(s, AXIS)
-    finite = tl.where(peak == float("-inf"), 0.0, peak)
-    return peak, tl.sum(tl.exp2((s - tl.expand_dims(finite, AXIS)) * rate), AXIS)
+    return peak, tl.sum(tl.exp2((s - tl.expand_dims(peak, AXIS)) * rate), AXIS)
 
 
 @triton.jit
-def _violation(gap, counted, margin, GAMMA: tl.constexpr, ADAPTIVE: tl.constexpr):
+def _violation(gap, margin, GAMMA: tl.constexpr, ADAPTIVE: tl.constexpr):
     """A triplet's term and its derivative by the gap between the negative and the positive."""
-    c = margin + gap
-    counted = counted & (c > 0)
-    c = tl.where(counted, c, 0.0)
+    c = tl.maximum(margin + gap, 0.0)
     if not ADAPTIVE:
-        return c, counted.to(tl.float32)
+        return c, (c > 0).to(tl.float32)
     e = tl.exp2(-LOG2E * c)
     if GAMMA == 2:
         u = 1 - e
@@ -144,8 +142,8 @@ def _violation(gap, counted, margin, GAMMA: tl.constexpr, ADAPTIVE: tl.constexpr
     else:  # a power below 1 would blow up the rounding of a small u
         series = 1 - c * (1 / 2 - c * (1 / 6 - c * (1 / 24 - c * (1 / 120 - c * (1 / 720)))))
         u = tl.where(c < 0.25, c * series, 1 - e)
-        u = tl.where(counted, u, 1.0)
-        p = tl.where(counted, tl.exp2(GAMMA * tl.log2(u)), 0.0)
+        u = tl.where(c > 0, u, 1.0)
+        p = tl.where(c > 0, tl.exp2(GAMMA * tl.log2(u)), 0.0)
         return p * c, p * (1 + GAMMA * e * c / u)
 
 
@@ -168,7 +166,7 @@ def _emit(a, b, loss: tl.constexpr, g_ptr, partials_ptr, numbers_ptr, rows, cols
     _put(partials_ptr, ROW_A + loss, pn, rows, tl.sum(a, 1), N)
     _put(partials_ptr, COL_B + loss, pm, cols, tl.sum(b, 0), N)
     g = a + b
-    up, down = _power(tl.max(tl.max(tl.abs(g), 1), 0))
+    up, down = _power(tl.max(tl.abs(g)))
     tl.store(numbers_ptr + (STEP + loss) * TILES * TILES + pm * tiles_n + pn, down)
     high, low = _halves(g, up, g_ptr.dtype.element_ty)
     width = tiles_n * BLOCK_N
@@ -210,16 +208,16 @@ def _finish(acc, loss: tl.constexpr, partials_ptr, out_ptr, factor, own, index, 
 @triton.jit
 def _gradient(g_ptr, partials_ptr, numbers_ptr, x_ptr, up, down, out_ptr, factor, factor_2, block, ds,
               tiles_m, tiles_n, N, D, LOSSES: tl.constexpr, TEXT: tl.constexpr, PARTS: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One tile of the images' gradient (x the texts), or of the texts' (x the images), for each loss."""
-    BLOCK: tl.constexpr = BLOCK_N if TEXT else BLOCK_M
     index = block * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    acc_2 = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    acc_2 = tl.zeros([BLOCK, BLOCK], tl.float32)
     for k in range(0, N, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         x, x_low = _halves(_load(x_ptr, ks, ds, N, D), up, g_ptr.dtype.element_ty)
-        tile = (k // BLOCK_M) * tiles_n + block if TEXT else block * tiles_n + k // BLOCK_N
+        row, col = (k, block * BLOCK) if TEXT else (block * BLOCK, k)
+        tile = (row // BLOCK_M) * tiles_n + col // BLOCK_N
         acc = _pull(acc, 0, g_ptr, numbers_ptr, x, x_low, index, ks, tile, tiles_m, tiles_n,
                     TEXT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
         if LOSSES == 2:
@@ -264,24 +262,17 @@ def _peak_kernel(image_ptr, text_ptr, peaks_ptr, counters_ptr, size, BLOCK: tl.c
 
 
 @triton.jit
-def _statistics(s, rows, cols, ids_ptr, partials_ptr, pm, pn, N, rate,
-                CONTRASTIVE: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Phase 1: what rows and columns need to know of the tile."""
-    diagonal = rows[:, None] == cols[None, :]
-    here = (cols // BLOCK_M == pm) & (cols < N)
-    own_ptr = partials_ptr + OWN * TILES * N + cols
-    tl.store(own_ptr, tl.sum(tl.where(diagonal, s, 0.0), 0), mask=here)
-    if CONTRASTIVE:
-        off = (rows[:, None] < N) & (cols[None, :] < N) & ~diagonal
-        peak, total = _max_and_sum(s, off, rate, 1)
-        _put(partials_ptr, ROW_MAX, pn, rows, peak, N)
-        _put(partials_ptr, ROW_SUM, pn, rows, total, N)
-        peak, total = _max_and_sum(s, off, rate, 0)
-        _put(partials_ptr, COL_MAX, pm, cols, peak, N)
-        _put(partials_ptr, COL_SUM, pm, cols, total, N)
-        if ids_ptr is not None:
-            same = _same(ids_ptr, rows, cols, N) & (cols[None, :] < N)
-            _put(partials_ptr, SAME, pn, rows, tl.sum(same.to(tl.float32), 1), N)
+def _statistics(s, rows, cols, ids_ptr, partials_ptr, pm, pn, N, rate):
+    """What the softmax of rows and columns needs to know of the tile."""
+    peak, total = _max_and_sum(s, rate, 1)
+    _put(partials_ptr, ROW_MAX, pn, rows, peak, N)
+    _put(partials_ptr, ROW_SUM, pn, rows, total, N)
+    peak, total = _max_and_sum(s, rate, 0)
+    _put(partials_ptr, COL_MAX, pm, cols, peak, N)
+    _put(partials_ptr, COL_SUM, pm, cols, total, N)
+    if ids_ptr is not None:
+        same = _same(ids_ptr, rows, cols, N) & (cols[None, :] < N)
+        _put(partials_ptr, SAME, pn, rows, tl.sum(same.to(tl.float32), 1), N)
 
 
 @triton.jit
@@ -292,33 +283,40 @@ def _same(ids_ptr, rows, cols, N):
 
 
 @triton.jit
-def _contrastive(row_gap, col_gap, off, same, rows, cols, row_own, col_own, partials_ptr, numbers_ptr,
-                 pm, pn, tiles_m, tiles_n, N, scale, smoothing, TARGETS: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
+def _pairs(rows, cols, N):
+    return (rows[:, None] < N) & (cols[None, :] < N) & (rows[:, None] != cols[None, :])
+
+
+@triton.jit
+def _contrastive(row_gap, col_gap, rows, cols, row_own, col_own, ids_ptr, partials_ptr, numbers_ptr,
+                 pm, pn, tiles_m, tiles_n, N, scale, smoothing, SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
     """A = P - y and B of the contrastive loss; leaves its terms, and those of the temperature's gradient."""
     rate = scale * LOG2E
     row_plus = _softplus2(_log_sum(partials_ptr, ROW_MAX, ROW_SUM, rows, row_own, tiles_n, N, rate))
     col_plus = _softplus2(_log_sum(partials_ptr, COL_MAX, COL_SUM, cols, col_own, tiles_m, N, rate))
     loss = 0.0
     if pn == 0:
-        loss += tl.sum(tl.where(rows < N, row_plus, 0.0), 0) / LOG2E
+        loss += tl.sum(tl.where(rows < N, row_plus, 0.0)) / LOG2E
     if pm == 0:
-        loss += tl.sum(tl.where(cols < N, col_plus, 0.0), 0) / LOG2E
+        loss += tl.sum(tl.where(cols < N, col_plus, 0.0)) / LOG2E
     # P_ij = e^(s S_ij) / sum_k e^(s S_ik), both over e^(s d_i)
-    a = tl.where(off, tl.exp2(row_gap * rate - row_plus[:, None]), 0.0)
-    b = tl.where(off, tl.exp2(col_gap * rate - col_plus[None, :]), 0.0)
-    if TARGETS:
-        row_y = tl.where(off, smoothing / N, 0.0)
+    a = tl.exp2(row_gap * rate - row_plus[:, None])
+    b = tl.exp2(col_gap * rate - col_plus[None, :])
+    if SMOOTH or ids_ptr is not None:
+        pairs = _pairs(rows, cols, N)
+        row_y = tl.where(pairs, smoothing / N, 0.0)
         col_y = row_y
-        if same is not None:
+        if ids_ptr is not None:
+            same = pairs & _same(ids_ptr, rows, cols, N)
             row_y += tl.where(same, (1 - smoothing) / _total(partials_ptr, SAME, rows, tiles_n, N)[:, None], 0.0)
             col_y += tl.where(same, (1 - smoothing) / _total(partials_ptr, SAME, cols, tiles_n, N)[None, :], 0.0)
-        loss -= scale * tl.sum(tl.sum(row_y * row_gap + col_y * col_gap, 1), 0)
+        loss -= scale * tl.sum(row_y * row_gap + col_y * col_gap)
         a -= row_y
         b -= col_y
     tile = pm * tiles_n + pn
     tl.store(numbers_ptr + LOSS * TILES * TILES + tile, loss)
     if GRAD:  # the rows of P - y add up to zero, so scores may count from d_i
-        slope = tl.sum(tl.sum(a * row_gap + b * col_gap, 1), 0)
+        slope = tl.sum(a * row_gap + b * col_gap)
         tl.store(numbers_ptr + DSCALE * TILES * TILES + tile, slope)
     return a, b
 
@@ -335,8 +333,8 @@ def _small_kernel(
     image_ptr, text_ptr, scale_ptr, ids_ptr, peaks_ptr, counters_ptr, partials_ptr, numbers_ptr, g_ptr,
     losses_ptr, dimage_ptr, dtext_ptr, dscale_ptr, N, D, tiles_m, tiles_n, margin, smoothing,
     CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr, ADAPTIVE: tl.constexpr, GAMMA: tl.constexpr,
-    MASK_SAME: tl.constexpr, TARGETS: tl.constexpr, GRAD: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """PHASE 0 runs all phases with barriers between; 1, 2 and 3 run one, for three launches."""
     pid = tl.program_id(0)
@@ -354,30 +352,31 @@ def _small_kernel(
         s = _scores(image_ptr, text_ptr, image_up, text_up, rows, cols, N, D, g_ptr.dtype.element_ty, PARTS,
                     BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         s *= image_down * text_down
-    if PHASE < 2 and pid < tiles:
-        _statistics(s, rows, cols, ids_ptr, partials_ptr, pm, pn, N, scale * LOG2E, CONTRASTIVE, BLOCK_M)
+        own_ptr = partials_ptr + OWN * TILES * N
+        if PHASE < 2:
+            own = tl.sum(tl.where(rows[:, None] == cols[None, :], s, 0.0), 0)
+            tl.store(own_ptr + cols, own, mask=(cols // BLOCK_M == pm) & (cols < N))
+        s = tl.where(_pairs(rows, cols, N), s, NOTHING)
+        if PHASE < 2 and CONTRASTIVE and pid < tiles:
+            _statistics(s, rows, cols, ids_ptr, partials_ptr, pm, pn, N, scale * LOG2E)
     if PHASE == 0:
         _barrier(counters_ptr)
     if (PHASE == 0 or PHASE == 2) and pid < tiles:
-        own_ptr = partials_ptr + OWN * TILES * N
         row_own = tl.load(own_ptr + rows, mask=rows < N, other=0.0)
         col_own = tl.load(own_ptr + cols, mask=cols < N, other=0.0)
-        row_gap, col_gap = s - row_own[:, None], s - col_own[None, :]
-        off = (rows[:, None] < N) & (cols[None, :] < N) & (rows[:, None] != cols[None, :])
-        same = None
-        if ids_ptr is not None:
-            same = off & _same(ids_ptr, rows, cols, N)
         if CONTRASTIVE:
-            a, b = _contrastive(row_gap, col_gap, off, same, rows, cols, row_own, col_own, partials_ptr, numbers_ptr,
-                                pm, pn, tiles_m, tiles_n, N, scale, smoothing, TARGETS, GRAD)  # fmt: skip
+            a, b = _contrastive(s - row_own[:, None], s - col_own[None, :], rows, cols, row_own, col_own, ids_ptr,
+                                partials_ptr, numbers_ptr, pm, pn, tiles_m, tiles_n, N, scale, smoothing,
+                                SMOOTH, GRAD)  # fmt: skip
             if GRAD:
                 _emit(a, b, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
                       PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
         if TRIPLET:
-            counted = off & ~same if MASK_SAME else off
-            f, a = _violation(row_gap, counted, margin, GAMMA, ADAPTIVE)
-            f_2, b = _violation(col_gap, counted, margin, GAMMA, ADAPTIVE)
-            tl.store(numbers_ptr + (LOSS + 1) * TILES * TILES + pid, tl.sum(tl.sum(f + f_2, 1), 0))
+            if MASK_SAME:
+                s = tl.where(_same(ids_ptr, rows, cols, N), NOTHING, s)
+            f, a = _violation(s - row_own[:, None], margin, GAMMA, ADAPTIVE)
+            f_2, b = _violation(s - col_own[None, :], margin, GAMMA, ADAPTIVE)
+            tl.store(numbers_ptr + (LOSS + 1) * TILES * TILES + pid, tl.sum(f + f_2))
             if GRAD:
                 _emit(a, b, CONTRASTIVE, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
                       PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
@@ -398,18 +397,18 @@ def _small_kernel(
             tl.store(dscale_ptr, slope)
         if GRAD:
             factor = scale / (2 * N) if CONTRASTIVE else half
-            steps = tl.cdiv(D, BLOCK_D)
-            for item in range(pid, (tiles_m + tiles_n) * steps, tl.num_programs(0)):
+            blocks, steps = tl.cdiv(N, BLOCK), tl.cdiv(D, BLOCK)
+            for item in range(pid, 2 * blocks * steps, tl.num_programs(0)):
                 block = item // steps
-                ds = item % steps * BLOCK_D + tl.arange(0, BLOCK_D)
-                if block < tiles_m:
+                ds = item % steps * BLOCK + tl.arange(0, BLOCK)
+                if block < blocks:
                     _gradient(g_ptr, partials_ptr, numbers_ptr, text_ptr, text_up, text_down, dimage_ptr, factor, half,
                               block, ds, tiles_m, tiles_n, N, D, CONTRASTIVE + TRIPLET, False, PARTS,
-                              BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D)  # fmt: skip
+                              BLOCK_M, BLOCK_N, BLOCK_K, BLOCK)  # fmt: skip
                 else:
                     _gradient(g_ptr, partials_ptr, numbers_ptr, image_ptr, image_up, image_down, dtext_ptr, factor,
-                              half, block - tiles_m, ds, tiles_m, tiles_n, N, D, CONTRASTIVE + TRIPLET, True, PARTS,
-                              BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D)  # fmt: skip
+                              half, block - blocks, ds, tiles_m, tiles_n, N, D, CONTRASTIVE + TRIPLET, True, PARTS,
+                              BLOCK_M, BLOCK_N, BLOCK_K, BLOCK)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -424,7 +423,7 @@ class Plan:
         return triton.cdiv(n, self.BLOCK_M), triton.cdiv(n, self.BLOCK_N)
 
 
-PLANS = Plan(64, 64, 4), Plan(128, 64, 8), Plan(128, 128, 8)
+PLANS = Plan(64, 64, 8), Plan(128, 64, 8), Plan(128, 128, 8)
 
 
 def _plan(n: int, sm_count: int) -> Plan | None:
@@ -496,7 +495,7 @@ def step(
     image, text = image.contiguous(), text.contiguous()
     tiles_m, tiles_n = plan.tiles(n)
     split, losses = image.dtype == torch.float32, contrastive + triplet
-    parts, block_d = 1 + split, 64
+    parts = 1 + split
     g = new(losses * parts, tiles_m * plan.BLOCK_M, tiles_n * plan.BLOCK_N if grad else 0,
             dtype=torch.float16 if split else image.dtype)  # fmt: skip
     gradients = new(2, losses, n if grad else 0, d)
@@ -507,14 +506,14 @@ def step(
         _peak_kernel[PEAKS.value, 2](image, text, peaks, counters, n * d, BLOCK=BLOCK_PEAK)
     else:
         counters = torch.zeros(2, dtype=torch.int32, device=image.device)
-    items = (tiles_m + tiles_n) * triton.cdiv(d, block_d) if grad else 0
+    items = 2 * triton.cdiv(n, BLOCK) * triton.cdiv(d, BLOCK) if grad else 0
     for phase in (0,) if cooperative else (1, 2, 3):
         _small_kernel[min(max(items, tiles_m * tiles_n), sm_count),](
             image, text, logit_scale, image_ids, peaks, counters, partials, numbers, g,
             values, gradients[0], gradients[1], dscale, n, d, tiles_m, tiles_n, float(margin), float(label_smoothing),
             CONTRASTIVE=contrastive, TRIPLET=triplet, ADAPTIVE=adaptive, GAMMA=float(gamma), MASK_SAME=mask_same_id,
-            TARGETS=image_ids is not None or label_smoothing > 0, GRAD=grad, PARTS=parts, PHASE=phase,
-            BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, BLOCK_K=32 if split else 64, BLOCK_D=block_d,
+            SMOOTH=label_smoothing > 0, GRAD=grad, PARTS=parts, PHASE=phase,
+            BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, BLOCK_K=32 if split else 64, BLOCK=BLOCK,
             num_warps=plan.num_warps, launch_cooperative_grid=phase == 0,
         )  # fmt: skip
     return values, gradients[0], gradients[1], dscale
