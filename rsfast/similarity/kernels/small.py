@@ -16,16 +16,17 @@ from torch import Tensor
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)  # most tiles along a side
+ROOM = tl.constexpr(512)  # most pieces of tiles
 PEAKS = tl.constexpr(64)  # programs that look for the largest feature of a side
 BLOCK_PEAK = 2048
 BLOCK = 64  # rows and features of one tile of a gradient
 NOTHING = tl.constexpr(-1e30)  # the score of what is no pair: its exponential and its violation are zero
 
-# partial results of the tiles, [slot, tile of the other side, row or column]
-ROW_MAX, ROW_SUM, COL_MAX, COL_SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-SAME, OWN = tl.constexpr(4), tl.constexpr(5)  # pairs of equal id; d
-ROW_A, COL_B = tl.constexpr(6), tl.constexpr(8)  # two of each, one a loss
-SLOTS = 10
+# partial results of the tiles, [tile of the other side, row or column] each
+ROW_MAX, ROW_SUM, COL_MAX, COL_SUM = tl.constexpr(0), tl.constexpr(16), tl.constexpr(32), tl.constexpr(48)
+SAME, OWN = tl.constexpr(64), tl.constexpr(80)  # pairs of equal id; d
+COL_B, ROW_A = tl.constexpr(96), tl.constexpr(128)  # each for two losses; a tile may leave A in four pieces
+PARTIALS = 256
 # one number a tile, [kind, tile]
 LOSS, DSCALE, STEP = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)  # two losses, two steps
 KINDS = 5
@@ -83,22 +84,22 @@ def _load(ptr, rows, cols, N, D):
 
 
 @triton.jit
-def _gather(ptr, slot: tl.constexpr, index, tiles, N):
-    """What all ``tiles`` tiles left in a slot for each index, [TILES, index], and which of it exists."""
-    tile = tl.arange(0, TILES)[:, None]
+def _gather(ptr, slot: tl.constexpr, index, tiles, N, MOST: tl.constexpr = TILES):
+    """What all ``tiles`` tiles left in a slot for each index, [MOST, index], and which of it exists."""
+    tile = tl.arange(0, MOST)[:, None]
     exists = tile < tiles
     index = tl.minimum(index, N - 1)[None, :]
-    return tl.load(ptr + (slot * TILES + tile) * N + index, mask=exists, other=0.0), exists
+    return tl.load(ptr + (slot + tile) * N + index, mask=exists, other=0.0), exists
 
 
 @triton.jit
-def _total(ptr, slot: tl.constexpr, index, tiles, N):
-    return tl.sum(_gather(ptr, slot, index, tiles, N)[0], 0)
+def _total(ptr, slot: tl.constexpr, index, tiles, N, MOST: tl.constexpr = TILES):
+    return tl.sum(_gather(ptr, slot, index, tiles, N, MOST)[0], 0)
 
 
 @triton.jit
 def _put(ptr, slot: tl.constexpr, tile, index, value, N):
-    tl.store(ptr + (slot * TILES + tile) * N + index, value, mask=index < N)
+    tl.store(ptr + (slot + tile) * N + index, value, mask=index < N)
 
 
 @triton.jit
@@ -163,11 +164,11 @@ def _scores(image_ptr, text_ptr, image_up, text_up, rows, cols, N, D, G_TYPE: tl
 def _emit(a, b, loss: tl.constexpr, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
           PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Leaves the tile of A + B in 16 bits, as large as they hold, and in fp32 what the diagonal needs of it."""
-    _put(partials_ptr, ROW_A + loss, pn, rows, tl.sum(a, 1), N)
-    _put(partials_ptr, COL_B + loss, pm, cols, tl.sum(b, 0), N)
+    _put(partials_ptr, ROW_A + 64 * loss, pn, rows, tl.sum(a, 1), N)
+    _put(partials_ptr, COL_B + 16 * loss, pm, cols, tl.sum(b, 0), N)
     g = a + b
     up, down = _power(tl.max(tl.abs(g)))
-    tl.store(numbers_ptr + (STEP + loss) * TILES * TILES + pm * tiles_n + pn, down)
+    tl.store(numbers_ptr + (STEP + loss) * ROOM + pm * tiles_n + pn, down)
     high, low = _halves(g, up, g_ptr.dtype.element_ty)
     width = tiles_n * BLOCK_N
     out = g_ptr + loss * PARTS * tiles_m * BLOCK_M * width + rows[:, None] * width + cols[None, :]
@@ -191,15 +192,16 @@ def _pull(acc, loss: tl.constexpr, g_ptr, numbers_ptr, x, x_low, index, ks, tile
         at = g_ptr + index[:, None] * width + ks[None, :]
         g = tl.load(at)
         low = tl.load(at + part) if PARTS == 2 else g
-    step = tl.load(numbers_ptr + (STEP + loss) * TILES * TILES + tile)
-    return acc + step * _product(g, low, x, x_low, tl.zeros(acc.shape, tl.float32), PARTS)
+    step = tl.load(numbers_ptr + (STEP + loss) * ROOM + tile)
+    return acc + step[:, None] * _product(g, low, x, x_low, tl.zeros(acc.shape, tl.float32), PARTS)
 
 
 @triton.jit
-def _finish(acc, loss: tl.constexpr, partials_ptr, out_ptr, factor, own, index, ds, tiles_m, tiles_n, N, D):
+def _finish(acc, loss: tl.constexpr, partials_ptr, out_ptr, factor, own, index, ds, tiles_m, tiles_n, N, D,
+            PIECES: tl.constexpr):  # fmt: skip
     """Adds the diagonal and stores the gradient; ``own`` is the partner's features."""
-    diagonal = _total(partials_ptr, ROW_A + loss, index, tiles_n, N)
-    diagonal += _total(partials_ptr, COL_B + loss, index, tiles_m, N)
+    diagonal = _total(partials_ptr, ROW_A + 64 * loss, index, tiles_n, N, TILES * PIECES)
+    diagonal += _total(partials_ptr, COL_B + 16 * loss, index, tiles_m, N)
     out = out_ptr + loss * N * D + index[:, None] * D + ds[None, :]
     mask = (index[:, None] < N) & (ds[None, :] < D)
     tl.store(out, factor * (acc - diagonal[:, None] * own), mask=mask)
@@ -208,7 +210,8 @@ def _finish(acc, loss: tl.constexpr, partials_ptr, out_ptr, factor, own, index, 
 @triton.jit
 def _gradient(g_ptr, partials_ptr, numbers_ptr, x_ptr, up, down, out_ptr, factor, factor_2, block, ds,
               tiles_m, tiles_n, N, D, LOSSES: tl.constexpr, TEXT: tl.constexpr, PARTS: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+              PIECES: tl.constexpr):  # fmt: skip
     """One tile of the images' gradient (x the texts), or of the texts' (x the images), for each loss."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -216,17 +219,17 @@ def _gradient(g_ptr, partials_ptr, numbers_ptr, x_ptr, up, down, out_ptr, factor
     for k in range(0, N, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         x, x_low = _halves(_load(x_ptr, ks, ds, N, D), up, g_ptr.dtype.element_ty)
-        row, col = (k, block * BLOCK) if TEXT else (block * BLOCK, k)
-        tile = (row // BLOCK_M) * tiles_n + col // BLOCK_N
+        row, col = (k, index) if TEXT else (index, k)
+        tile = (row // BLOCK_M) * tiles_n + col // BLOCK_N  # of each index
         acc = _pull(acc, 0, g_ptr, numbers_ptr, x, x_low, index, ks, tile, tiles_m, tiles_n,
                     TEXT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
         if LOSSES == 2:
             acc_2 = _pull(acc_2, 1, g_ptr, numbers_ptr, x, x_low, index, ks, tile, tiles_m, tiles_n,
                           TEXT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
     own = _load(x_ptr, index, ds, N, D).to(tl.float32)
-    _finish(acc * down, 0, partials_ptr, out_ptr, factor, own, index, ds, tiles_m, tiles_n, N, D)
+    _finish(acc * down, 0, partials_ptr, out_ptr, factor, own, index, ds, tiles_m, tiles_n, N, D, PIECES)
     if LOSSES == 2:
-        _finish(acc_2 * down, 1, partials_ptr, out_ptr, factor_2, own, index, ds, tiles_m, tiles_n, N, D)
+        _finish(acc_2 * down, 1, partials_ptr, out_ptr, factor_2, own, index, ds, tiles_m, tiles_n, N, D, PIECES)
 
 
 @triton.jit
@@ -288,44 +291,80 @@ def _pairs(rows, cols, N):
 
 
 @triton.jit
-def _contrastive(row_gap, col_gap, rows, cols, row_own, col_own, ids_ptr, partials_ptr, numbers_ptr,
-                 pm, pn, tiles_m, tiles_n, N, scale, smoothing, SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
+def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, ids_ptr, partials_ptr, numbers_ptr, pm, pn,
+                 tiles_m, tiles_n, softmax_tiles, N, scale, smoothing, SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
     """A = P - y and B of the contrastive loss; leaves its terms, and those of the temperature's gradient."""
-    rate = scale * LOG2E
-    row_plus = _softplus2(_log_sum(partials_ptr, ROW_MAX, ROW_SUM, rows, row_own, tiles_n, N, rate))
-    col_plus = _softplus2(_log_sum(partials_ptr, COL_MAX, COL_SUM, cols, col_own, tiles_m, N, rate))
     loss = 0.0
     if pn == 0:
         loss += tl.sum(tl.where(rows < N, row_plus, 0.0)) / LOG2E
     if pm == 0:
         loss += tl.sum(tl.where(cols < N, col_plus, 0.0)) / LOG2E
     # P_ij = e^(s S_ij) / sum_k e^(s S_ik), both over e^(s d_i)
-    a = tl.exp2(row_gap * rate - row_plus[:, None])
-    b = tl.exp2(col_gap * rate - col_plus[None, :])
+    a = tl.exp2(row_gap * (scale * LOG2E) - row_plus[:, None])
+    b = tl.exp2(col_gap * (scale * LOG2E) - col_plus[None, :])
     if SMOOTH or ids_ptr is not None:
         pairs = _pairs(rows, cols, N)
         row_y = tl.where(pairs, smoothing / N, 0.0)
         col_y = row_y
         if ids_ptr is not None:
             same = pairs & _same(ids_ptr, rows, cols, N)
-            row_y += tl.where(same, (1 - smoothing) / _total(partials_ptr, SAME, rows, tiles_n, N)[:, None], 0.0)
-            col_y += tl.where(same, (1 - smoothing) / _total(partials_ptr, SAME, cols, tiles_n, N)[None, :], 0.0)
+            row_share = (1 - smoothing) / _total(partials_ptr, SAME, rows, softmax_tiles, N)
+            col_share = (1 - smoothing) / _total(partials_ptr, SAME, cols, softmax_tiles, N)
+            row_y += tl.where(same, row_share[:, None], 0.0)
+            col_y += tl.where(same, col_share[None, :], 0.0)
         loss -= scale * tl.sum(row_y * row_gap + col_y * col_gap)
         a -= row_y
         b -= col_y
     tile = pm * tiles_n + pn
-    tl.store(numbers_ptr + LOSS * TILES * TILES + tile, loss)
+    tl.store(numbers_ptr + LOSS * ROOM + tile, loss)
     if GRAD:  # the rows of P - y add up to zero, so scores may count from d_i
         slope = tl.sum(a * row_gap + b * col_gap)
-        tl.store(numbers_ptr + DSCALE * TILES * TILES + tile, slope)
+        tl.store(numbers_ptr + DSCALE * ROOM + tile, slope)
     return a, b
+
+
+@triton.jit
+def _piece(s, piece: tl.constexpr, row_own, row_plus, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr, pm, pn,
+           tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr,
+           ADAPTIVE: tl.constexpr, GAMMA: tl.constexpr, MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr,
+           GRAD: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """Phase 2 for ``WIDTH`` columns of a program's tile: losses, and what the gradients are made of."""
+    softmax_tiles = tiles_n
+    pn, tiles_n = pn * PIECES + piece, tiles_n * PIECES
+    cols = pn * WIDTH + tl.arange(0, WIDTH)
+    col_own = tl.load(partials_ptr + OWN * N + cols, mask=cols < N, other=0.0)
+    if CONTRASTIVE:
+        col_plus = _softplus2(
+            _log_sum(partials_ptr, COL_MAX, COL_SUM, cols, col_own, tiles_m, N, scale * LOG2E)
+        )
+        a, b = _contrastive(s - row_own[:, None], s - col_own[None, :], rows, cols, row_plus, col_plus, ids_ptr,
+                            partials_ptr, numbers_ptr, pm, pn, tiles_m, tiles_n, softmax_tiles, N, scale, smoothing,
+                            SMOOTH, GRAD)  # fmt: skip
+        if GRAD:
+            _emit(a, b, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
+                  PARTS, BLOCK_M, WIDTH)  # fmt: skip
+    if TRIPLET:
+        if MASK_SAME:
+            s = tl.where(_same(ids_ptr, rows, cols, N), NOTHING, s)
+        f, a = _violation(s - row_own[:, None], margin, GAMMA, ADAPTIVE)
+        f_2, b = _violation(s - col_own[None, :], margin, GAMMA, ADAPTIVE)
+        tl.store(numbers_ptr + (LOSS + 1) * ROOM + pm * tiles_n + pn, tl.sum(f + f_2))
+        if GRAD:
+            _emit(a, b, CONTRASTIVE, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
+                  PARTS, BLOCK_M, WIDTH)  # fmt: skip
+
+
+@triton.jit
+def _halve(s):
+    """Left and right half of a tile; each thread keeps what it has."""
+    return tl.split(tl.permute(tl.reshape(s, [s.shape[0], 2, s.shape[1] // 2]), [0, 2, 1]))
 
 
 @triton.jit
 def _numbers(ptr, kind: tl.constexpr, tiles):
     """Sum over the tiles."""
-    tile = tl.arange(0, TILES * TILES)
-    return tl.sum(tl.load(ptr + kind * TILES * TILES + tile, mask=tile < tiles, other=0.0), 0)
+    tile = tl.arange(0, ROOM)
+    return tl.sum(tl.load(ptr + kind * ROOM + tile, mask=tile < tiles, other=0.0), 0)
 
 
 @triton.jit
@@ -335,6 +374,7 @@ def _small_kernel(
     CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr, ADAPTIVE: tl.constexpr, GAMMA: tl.constexpr,
     MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """PHASE 0 runs all phases with barriers between; 1, 2 and 3 run one, for three launches."""
     pid = tl.program_id(0)
@@ -352,7 +392,7 @@ def _small_kernel(
         s = _scores(image_ptr, text_ptr, image_up, text_up, rows, cols, N, D, g_ptr.dtype.element_ty, PARTS,
                     BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         s *= image_down * text_down
-        own_ptr = partials_ptr + OWN * TILES * N
+        own_ptr = partials_ptr + OWN * N
         if PHASE < 2:
             own = tl.sum(tl.where(rows[:, None] == cols[None, :], s, 0.0), 0)
             tl.store(own_ptr + cols, own, mask=(cols // BLOCK_M == pm) & (cols < N))
@@ -363,23 +403,20 @@ def _small_kernel(
         _barrier(counters_ptr)
     if (PHASE == 0 or PHASE == 2) and pid < tiles:
         row_own = tl.load(own_ptr + rows, mask=rows < N, other=0.0)
-        col_own = tl.load(own_ptr + cols, mask=cols < N, other=0.0)
+        row_plus = row_own
         if CONTRASTIVE:
-            a, b = _contrastive(s - row_own[:, None], s - col_own[None, :], rows, cols, row_own, col_own, ids_ptr,
-                                partials_ptr, numbers_ptr, pm, pn, tiles_m, tiles_n, N, scale, smoothing,
-                                SMOOTH, GRAD)  # fmt: skip
-            if GRAD:
-                _emit(a, b, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
-                      PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
-        if TRIPLET:
-            if MASK_SAME:
-                s = tl.where(_same(ids_ptr, rows, cols, N), NOTHING, s)
-            f, a = _violation(s - row_own[:, None], margin, GAMMA, ADAPTIVE)
-            f_2, b = _violation(s - col_own[None, :], margin, GAMMA, ADAPTIVE)
-            tl.store(numbers_ptr + (LOSS + 1) * TILES * TILES + pid, tl.sum(f + f_2))
-            if GRAD:
-                _emit(a, b, CONTRASTIVE, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
-                      PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+            row_plus = _softplus2(
+                _log_sum(partials_ptr, ROW_MAX, ROW_SUM, rows, row_own, tiles_n, N, scale * LOG2E)
+            )
+        pieces = (s,)
+        if PIECES > 1:
+            pieces = _halve(s)
+        if PIECES > 2:
+            pieces = _halve(pieces[0]) + _halve(pieces[1])
+        for piece in tl.static_range(PIECES):
+            _piece(pieces[piece], piece, row_own, row_plus, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr, pm, pn,
+                   tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE, TRIPLET, ADAPTIVE, GAMMA, MASK_SAME,
+                   SMOOTH, GRAD, PARTS, BLOCK_M, BLOCK_N // PIECES, PIECES)  # fmt: skip
     if PHASE == 0:
         _barrier(counters_ptr + 1)
     if PHASE == 0 or PHASE == 3:
@@ -387,11 +424,11 @@ def _small_kernel(
         if pid == 0:
             contrastive, triplet, slope = 0.0, 0.0, 0.0
             if CONTRASTIVE:
-                contrastive = _numbers(numbers_ptr, LOSS, tiles) / (2 * N)
+                contrastive = _numbers(numbers_ptr, LOSS, tiles * PIECES) / (2 * N)
                 if GRAD:
-                    slope = _numbers(numbers_ptr, DSCALE, tiles) / (2 * N)
+                    slope = _numbers(numbers_ptr, DSCALE, tiles * PIECES) / (2 * N)
             if TRIPLET:
-                triplet = half * _numbers(numbers_ptr, LOSS + 1, tiles)
+                triplet = half * _numbers(numbers_ptr, LOSS + 1, tiles * PIECES)
             tl.store(losses_ptr, contrastive)
             tl.store(losses_ptr + 1, triplet)
             tl.store(dscale_ptr, slope)
@@ -403,27 +440,32 @@ def _small_kernel(
                 ds = item % steps * BLOCK + tl.arange(0, BLOCK)
                 if block < blocks:
                     _gradient(g_ptr, partials_ptr, numbers_ptr, text_ptr, text_up, text_down, dimage_ptr, factor, half,
-                              block, ds, tiles_m, tiles_n, N, D, CONTRASTIVE + TRIPLET, False, PARTS,
-                              BLOCK_M, BLOCK_N, BLOCK_K, BLOCK)  # fmt: skip
+                              block, ds, tiles_m, tiles_n * PIECES, N, D, CONTRASTIVE + TRIPLET, False, PARTS,
+                              BLOCK_M, BLOCK_N // PIECES, BLOCK_K, BLOCK, PIECES)  # fmt: skip
                 else:
                     _gradient(g_ptr, partials_ptr, numbers_ptr, image_ptr, image_up, image_down, dtext_ptr, factor,
-                              half, block - blocks, ds, tiles_m, tiles_n, N, D, CONTRASTIVE + TRIPLET, True, PARTS,
-                              BLOCK_M, BLOCK_N, BLOCK_K, BLOCK)  # fmt: skip
+                              half, block - blocks, ds, tiles_m, tiles_n * PIECES, N, D, CONTRASTIVE + TRIPLET, True, PARTS,
+                              BLOCK_M, BLOCK_N // PIECES, BLOCK_K, BLOCK, PIECES)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tile that a program keeps, and its warps."""
+    """The tile that a program keeps, the pieces that it takes it in, so that registers hold it, and its warps."""
 
     BLOCK_M: int
     BLOCK_N: int
+    PIECES: int
     num_warps: int
 
     def tiles(self, n: int) -> tuple[int, int]:
         return triton.cdiv(n, self.BLOCK_M), triton.cdiv(n, self.BLOCK_N)
 
+    @property
+    def width(self) -> int:
+        return self.BLOCK_N // self.PIECES
 
-PLANS = Plan(64, 64, 8), Plan(128, 64, 8), Plan(128, 128, 8)
+
+PLANS = Plan(64, 64, 1, 8), Plan(128, 64, 2, 8), Plan(128, 128, 4, 8)
 
 
 def _plan(n: int, sm_count: int) -> Plan | None:
@@ -500,7 +542,7 @@ def step(
             dtype=torch.float16 if split else image.dtype)  # fmt: skip
     gradients = new(2, losses, n if grad else 0, d)
     values, dscale = new(2), new(())
-    partials, numbers, peaks = new(SLOTS, TILES.value, n), new(KINDS, TILES.value**2), new(2, PEAKS.value)
+    partials, numbers, peaks = new(PARTIALS, n), new(KINDS, ROOM.value), new(2, PEAKS.value)
     if split:
         counters = torch.empty(2, dtype=torch.int32, device=image.device)
         _peak_kernel[PEAKS.value, 2](image, text, peaks, counters, n * d, BLOCK=BLOCK_PEAK)
@@ -513,7 +555,8 @@ def step(
             values, gradients[0], gradients[1], dscale, n, d, tiles_m, tiles_n, float(margin), float(label_smoothing),
             CONTRASTIVE=contrastive, TRIPLET=triplet, ADAPTIVE=adaptive, GAMMA=float(gamma), MASK_SAME=mask_same_id,
             SMOOTH=label_smoothing > 0, GRAD=grad, PARTS=parts, PHASE=phase,
-            BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, BLOCK_K=32 if split else 64, BLOCK=BLOCK,
+            BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, BLOCK_K=min(32 if split else 64, plan.width), BLOCK=BLOCK,
+            PIECES=plan.PIECES,
             num_warps=plan.num_warps, launch_cooperative_grid=phase == 0,
         )  # fmt: skip
     return values, gradients[0], gradients[1], dscale
