@@ -286,13 +286,22 @@ def _same(ids_ptr, rows, cols, N):
 
 
 @triton.jit
+def _share(ids_ptr, partials_ptr, index, tiles, N, smoothing):
+    """Target of each positive of a row or column."""
+    share = 1 - smoothing
+    if ids_ptr is not None:
+        share = share / _total(partials_ptr, SAME, index, tiles, N)
+    return share
+
+
+@triton.jit
 def _pairs(rows, cols, N):
     return (rows[:, None] < N) & (cols[None, :] < N) & (rows[:, None] != cols[None, :])
 
 
 @triton.jit
-def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, ids_ptr, partials_ptr, numbers_ptr, pm, pn,
-                 tiles_m, tiles_n, softmax_tiles, N, scale, smoothing, SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
+def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, row_share, col_share, ids_ptr, numbers_ptr,
+                 pm, pn, tiles_n, N, scale, smoothing, SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
     """A = P - y and B of the contrastive loss; leaves its terms, and those of the temperature's gradient."""
     loss = 0.0
     if pn == 0:
@@ -308,8 +317,6 @@ def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, ids_ptr, part
         col_y = row_y
         if ids_ptr is not None:
             same = pairs & _same(ids_ptr, rows, cols, N)
-            row_share = (1 - smoothing) / _total(partials_ptr, SAME, rows, softmax_tiles, N)
-            col_share = (1 - smoothing) / _total(partials_ptr, SAME, cols, softmax_tiles, N)
             row_y += tl.where(same, row_share[:, None], 0.0)
             col_y += tl.where(same, col_share[None, :], 0.0)
         loss -= scale * tl.sum(row_y * row_gap + col_y * col_gap)
@@ -324,22 +331,21 @@ def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, ids_ptr, part
 
 
 @triton.jit
-def _piece(s, piece: tl.constexpr, row_own, row_plus, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr, pm, pn,
+def _piece(s, piece: tl.constexpr, row_own, row_plus, row_share, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr, pm, pn,
            tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr,
            ADAPTIVE: tl.constexpr, GAMMA: tl.constexpr, MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr,
            GRAD: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
     """Phase 2 for ``WIDTH`` columns of a program's tile: losses, and what the gradients are made of."""
-    softmax_tiles = tiles_n
+    cols = (pn * PIECES + piece) * WIDTH + tl.arange(0, WIDTH)
+    col_share = _share(ids_ptr, partials_ptr, cols, tiles_n, N, smoothing)
     pn, tiles_n = pn * PIECES + piece, tiles_n * PIECES
-    cols = pn * WIDTH + tl.arange(0, WIDTH)
     col_own = tl.load(partials_ptr + OWN * N + cols, mask=cols < N, other=0.0)
     if CONTRASTIVE:
         col_plus = _softplus2(
             _log_sum(partials_ptr, COL_MAX, COL_SUM, cols, col_own, tiles_m, N, scale * LOG2E)
         )
-        a, b = _contrastive(s - row_own[:, None], s - col_own[None, :], rows, cols, row_plus, col_plus, ids_ptr,
-                            partials_ptr, numbers_ptr, pm, pn, tiles_m, tiles_n, softmax_tiles, N, scale, smoothing,
-                            SMOOTH, GRAD)  # fmt: skip
+        a, b = _contrastive(s - row_own[:, None], s - col_own[None, :], rows, cols, row_plus, col_plus, row_share,
+                            col_share, ids_ptr, numbers_ptr, pm, pn, tiles_n, N, scale, smoothing, SMOOTH, GRAD)  # fmt: skip
         if GRAD:
             _emit(a, b, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
                   PARTS, BLOCK_M, WIDTH)  # fmt: skip
@@ -408,13 +414,14 @@ def _small_kernel(
             row_plus = _softplus2(
                 _log_sum(partials_ptr, ROW_MAX, ROW_SUM, rows, row_own, tiles_n, N, scale * LOG2E)
             )
+        row_share = _share(ids_ptr, partials_ptr, rows, tiles_n, N, smoothing)
         pieces = (s,)
         if PIECES > 1:
             pieces = _halve(s)
         if PIECES > 2:
             pieces = _halve(pieces[0]) + _halve(pieces[1])
         for piece in tl.static_range(PIECES):
-            _piece(pieces[piece], piece, row_own, row_plus, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr, pm, pn,
+            _piece(pieces[piece], piece, row_own, row_plus, row_share, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr, pm, pn,
                    tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE, TRIPLET, ADAPTIVE, GAMMA, MASK_SAME,
                    SMOOTH, GRAD, PARTS, BLOCK_M, BLOCK_N // PIECES, PIECES)  # fmt: skip
     if PHASE == 0:
