@@ -10,11 +10,24 @@ import pytest
 import rsfast
 
 ROOT = pathlib.Path(rsfast.__file__).parent
-FAMILIES = {p.parent.name for p in ROOT.glob("*/functional.py")}
+FAMILIES = {p.parent.name for p in ROOT.glob("*/reference.py")}
 MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; families never import each other
     "reference": ("torch",),
-    "kernels": ("torch", "triton", "rsfast._dispatch", "rsfast.{family}.reference", "rsfast.{family}.kernels"),
-    "functional": ("torch", "rsfast._dispatch", "rsfast.{family}.reference", "rsfast.{family}.kernels"),
+    "kernels": (
+        "torch",
+        "triton",
+        "rsfast._dispatch",
+        "rsfast._tiles",
+        "rsfast.{family}.reference",
+        "rsfast.{family}.kernels",
+    ),
+    "functional": (
+        "torch",
+        "rsfast._dispatch",
+        "rsfast.{family}.reference",
+        "rsfast.{family}.kernels",
+        "rsfast.{family}.functional",
+    ),
     "module": ("torch", "rsfast._dispatch", "rsfast.{family}.functional"),
 }
 # above the families: who may import whom, lowest first; each may use the public names and all rooms below it
@@ -46,6 +59,7 @@ def test_imports_point_down(path):
         assert name.split(".")[0] in sys.stdlib_module_names or name.startswith(allowed), (
             f"{path.name} may not import {name}"
         )
+        assert role(path) == "module" or not name.startswith("torch.distributed"), f"{path.name} may not import {name}"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -67,7 +81,9 @@ def test_families_know_nothing_above_them():
         for path in (ROOT / family).rglob("*.py"):
             for name in imports(path):
                 parts = name.split(".")
-                assert parts[0] != "rsfast" or parts[1] in (family, "_dispatch"), f"{path.name} may not import {name}"
+                assert parts[0] != "rsfast" or parts[1] in (family, "_dispatch", "_tiles"), (
+                    f"{path.name} may not import {name}"
+                )
 
 
 def in_a_fresh_process(code):
@@ -84,7 +100,7 @@ def test_works_without_triton():
 def test_import_is_light():
     in_a_fresh_process(
         "import sys, rsfast\n"
-        "heavy = {'triton', 'open_clip', 'torchvision', 'timm'} & set(sys.modules)\n"
+        "heavy = {'triton', 'open_clip', 'torchvision', 'timm', 'torch.distributed.nn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()"
     )

@@ -10,7 +10,8 @@ unrolled, the resident kernels spill kilobytes.
 import triton
 import triton.language as tl
 
-from rsfast.adapter.kernels.tiles import LOG2E, cast, dot, load, store, vector
+from rsfast._tiles import LOG2E, cast, dot
+from rsfast.adapter.kernels.tiles import load, store, vector
 
 
 @triton.jit

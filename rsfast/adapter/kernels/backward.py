@@ -15,11 +15,10 @@ program as one partial sum. Of tensors with two halves, the first attention has 
 import triton
 import triton.language as tl
 
+from rsfast._tiles import cast, dot
 from rsfast.adapter.kernels.attention import resident_grad
 from rsfast.adapter.kernels.forward import shared_mix
 from rsfast.adapter.kernels.tiles import (
-    cast,
-    dot,
     gelu,
     gelu_grad,
     linear,

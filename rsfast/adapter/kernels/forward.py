@@ -11,10 +11,9 @@ before the second attention, then the rest). Longer samples go through ``down_ke
 import triton
 import triton.language as tl
 
+from rsfast._tiles import cast, dot
 from rsfast.adapter.kernels.attention import resident, streamed
 from rsfast.adapter.kernels.tiles import (
-    cast,
-    dot,
     gelu,
     linear,
     linear_from,
