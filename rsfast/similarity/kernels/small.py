@@ -122,9 +122,8 @@ def small_kernel(
         scale = tl.load(scale_ptr).to(tl.float32)
     if PHASE < 3:
         end = tl.where(pid < tiles, D, 0)  # programs beyond the tiles wait for phase 3
-        s = small.scores(image_ptr, text_ptr, image_up, text_up, rows, cols, N, D, end, g_ptr.dtype.element_ty, FP32,
-                         BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
-        s *= image_down * text_down
+        s = small.scores(image_ptr, text_ptr, image_up, text_up, image_down * text_down, rows, cols, N, D, end,
+                         g_ptr.dtype.element_ty, FP32, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         own_ptr = partials_ptr + small.OWN * N
         if PHASE < 2:
             own = tl.sum(tl.where(rows[:, None] == cols[None, :], s, 0.0), 0)

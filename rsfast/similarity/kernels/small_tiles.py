@@ -45,10 +45,22 @@ def _parts(x, up, dtype: tl.constexpr):
 
 @triton.jit
 def _product(a, a_low, b, b_low, acc, FP32: tl.constexpr):
+    """acc + a @ b; low times low is below fp32's last bit."""
     acc = dot(a, b, acc)
-    if FP32:  # low times low is below fp32's last bit
+    if FP32:
         acc = dot(a, b_low, acc)
         acc = dot(a_low, b, acc)
+    return acc
+
+
+@triton.jit
+def _times_product(factor, a, a_low, b, b_low, acc, FP32: tl.constexpr):
+    """acc + factor * a @ b. The factor parts the products: one that feeds the next is laid out for 128 rows."""
+    zero = tl.zeros(acc.shape, tl.float32)
+    acc += factor * dot(a, b, zero)
+    if FP32:
+        acc += factor * dot(a, b_low, zero)
+        acc += factor * dot(a_low, b, zero)
     return acc
 
 
@@ -106,16 +118,19 @@ def _max_and_sum(s, rate, AXIS: tl.constexpr):
 
 
 @triton.jit
-def scores(image_ptr, text_ptr, image_up, text_up, rows, cols, N, D, end, TYPE: tl.constexpr, FP32: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """A tile of S, times both powers of two; only the first ``end`` features count."""
+def scores(image_ptr, text_ptr, image_up, text_up, down, rows, cols, N, D, end, TYPE: tl.constexpr,
+           FP32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """A tile of S, from the first ``end`` features."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, end, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         a, a_low = _parts(_load(image_ptr, rows, ks, N, D), image_up, TYPE)
         b, b_low = _parts(_load(text_ptr, cols, ks, N, D), text_up, TYPE)
-        acc = _product(a, a_low, b.T, b_low.T, acc, FP32)
-    return acc
+        if FP32 and BLOCK_M == 64:
+            acc = _times_product(down, a, a_low, b.T, b_low.T, acc, FP32)
+        else:
+            acc = _product(a, a_low, b.T, b_low.T, acc, FP32)
+    return acc if FP32 and BLOCK_M == 64 else acc * down
 
 
 @triton.jit
@@ -181,7 +196,7 @@ def _pull(acc, loss: tl.constexpr, g_ptr, numbers_ptr, x, x_low, index, ks, tile
         g = tl.load(at)
         low = tl.load(at + part) if FP32 else g
     step = tl.load(numbers_ptr + (STEP + loss) * ROOM + tile)
-    return acc + step[:, None] * _product(g, low, x, x_low, tl.zeros(acc.shape, tl.float32), FP32)
+    return _times_product(step[:, None], g, low, x, x_low, acc, FP32)
 
 
 @triton.jit
