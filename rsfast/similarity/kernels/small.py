@@ -15,7 +15,7 @@ from torch import Tensor
 from rsfast._tiles import INTERPRET, LOG2E
 from rsfast.similarity.kernels import small_tiles as small
 from rsfast.similarity.kernels.plan import multiprocessors
-from rsfast.similarity.kernels.tiles import inside, pieces, violation, weighed, weighed_grad
+from rsfast.similarity.kernels.tiles import inside, pieces, weighed, weighed_grad
 
 PEAKS = tl.constexpr(64)  # programs that look for the largest feature of a side
 BLOCK_PEAK = 2048
@@ -38,17 +38,19 @@ def peak_kernel(image_ptr, text_ptr, peaks_ptr, counters_ptr, size, BLOCK: tl.co
 
 
 @triton.jit
-def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, row_target, col_target, ids_ptr, numbers_ptr,
-                 pm, pn, piece, N, scale, smoothing, SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
+def _contrastive(s, rows, cols, row_own, col_own, row_peak, col_peak, row_log, col_log, row_lost, col_lost, row_target,
+                 col_target, ids_ptr, numbers_ptr, pm, pn, piece, N, scale, smoothing,
+                 SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
     """A = P - y and B of the contrastive loss; leaves its terms, and those of the temperature's gradient."""
     loss = 0.0
     if pn == 0:
-        loss += tl.sum(tl.where(rows < N, row_plus, 0.0)) / LOG2E
+        loss += tl.sum(tl.where(rows < N, row_lost, 0.0)) / LOG2E
     if pm == 0:
-        loss += tl.sum(tl.where(cols < N, col_plus, 0.0)) / LOG2E
-    # P_ij = e^(s S_ij) / sum_k e^(s S_ik), both over e^(s d_i)
-    a = tl.exp2(row_gap * (scale * LOG2E) - row_plus[:, None])
-    b = tl.exp2(col_gap * (scale * LOG2E) - col_plus[None, :])
+        loss += tl.sum(tl.where(cols < N, col_lost, 0.0)) / LOG2E
+    # scores count from their largest, so that no large exponents cancel
+    a = tl.exp2((s - row_peak[:, None]) * (scale * LOG2E) - row_log[:, None])
+    b = tl.exp2((s - col_peak[None, :]) * (scale * LOG2E) - col_log[None, :])
+    row_gap, col_gap = s - row_own[:, None], s - col_own[None, :]
     if SMOOTH or ids_ptr is not None:
         pairs = inside(rows, cols, N, N, 0, True)
         row_y = tl.where(pairs, smoothing / N, 0.0)
@@ -67,22 +69,23 @@ def _contrastive(row_gap, col_gap, rows, cols, row_plus, col_plus, row_target, c
 
 
 @triton.jit
-def _piece(s, part: tl.constexpr, row_own, row_plus, row_target, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr,
-           pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr,
-           GAMMA: tl.constexpr, MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr,
-           FP32: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_lost, row_target, rows, ids_ptr, partials_ptr,
+           numbers_ptr, g_ptr, pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE: tl.constexpr,
+           TRIPLET: tl.constexpr, GAMMA: tl.constexpr, MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr,
+           GRAD: tl.constexpr, FP32: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+           PIECES: tl.constexpr):  # fmt: skip
     """Phase 2 for ``WIDTH`` columns of a program's tile: losses, and what the gradients are made of."""
     column = pn * PIECES + part
     cols = column * WIDTH + tl.arange(0, WIDTH)
     piece = pm * tiles_n * PIECES + column
     col_own = tl.load(partials_ptr + small.OWN * N + cols, mask=cols < N, other=0.0)
     if CONTRASTIVE:
-        col_plus = small.softplus2(
-            small.log_sum(partials_ptr, small.COL_MAX, small.COL_SUM, cols, col_own, tiles_m, N, scale * LOG2E)
+        col_peak, col_log, col_lost = small.softmax(
+            partials_ptr, small.COL_MAX, small.COL_SUM, cols, col_own, tiles_m, N, scale * LOG2E
         )
         col_target = small.target(ids_ptr, partials_ptr, cols, tiles_n, N, smoothing)
-        a, b = _contrastive(s - row_own[:, None], s - col_own[None, :], rows, cols, row_plus, col_plus, row_target,
-                            col_target, ids_ptr, numbers_ptr, pm, column, piece, N, scale, smoothing,
+        a, b = _contrastive(s, rows, cols, row_own, col_own, row_peak, col_peak, row_log, col_log, row_lost, col_lost,
+                            row_target, col_target, ids_ptr, numbers_ptr, pm, column, piece, N, scale, smoothing,
                             SMOOTH, GRAD)  # fmt: skip
         if GRAD:
             small.emit(a, b, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, column, tiles_m, tiles_n * PIECES, N,
@@ -90,8 +93,8 @@ def _piece(s, part: tl.constexpr, row_own, row_plus, row_target, rows, ids_ptr, 
     if TRIPLET:
         if MASK_SAME:
             s = tl.where(small.same_id(ids_ptr, rows, cols, N), small.NOTHING, s)
-        c, u = violation(s, row_own[:, None], 0.0, margin, True, GAMMA == 0)
-        c_2, u_2 = violation(s, col_own[None, :], 0.0, margin, True, GAMMA == 0)
+        c, u = small.violation(s - row_own[:, None], margin, GAMMA == 0)
+        c_2, u_2 = small.violation(s - col_own[None, :], margin, GAMMA == 0)
         lost = tl.sum(weighed(c, u, GAMMA) + weighed(c_2, u_2, GAMMA))
         tl.store(numbers_ptr + (small.LOSS + 1) * small.ROOM + piece, lost)
         if GRAD:
@@ -135,17 +138,17 @@ def small_kernel(
         small.barrier(counters_ptr)
     if (PHASE == 0 or PHASE == 2) and pid < tiles:
         row_own = tl.load(own_ptr + rows, mask=rows < N, other=0.0)
-        row_plus, row_target = row_own, 1.0
+        row_peak, row_log, row_lost, row_target = row_own, row_own, row_own, 1.0
         if CONTRASTIVE:
-            row_plus = small.softplus2(
-                small.log_sum(partials_ptr, small.ROW_MAX, small.ROW_SUM, rows, row_own, tiles_n, N, scale * LOG2E)
+            row_peak, row_log, row_lost = small.softmax(
+                partials_ptr, small.ROW_MAX, small.ROW_SUM, rows, row_own, tiles_n, N, scale * LOG2E
             )
             row_target = small.target(ids_ptr, partials_ptr, rows, tiles_n, N, smoothing)
         parts = pieces(s, BLOCK_M, BLOCK_N, PIECES)
         for part in tl.static_range(PIECES):
-            _piece(parts[part], part, row_own, row_plus, row_target, rows, ids_ptr, partials_ptr, numbers_ptr, g_ptr,
-                   pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE, TRIPLET, GAMMA, MASK_SAME,
-                   SMOOTH, GRAD, FP32, BLOCK_M, BLOCK_N // PIECES, PIECES)  # fmt: skip
+            _piece(parts[part], part, row_own, row_peak, row_log, row_lost, row_target, rows, ids_ptr, partials_ptr,
+                   numbers_ptr, g_ptr, pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE, TRIPLET,
+                   GAMMA, MASK_SAME, SMOOTH, GRAD, FP32, BLOCK_M, BLOCK_N // PIECES, PIECES)  # fmt: skip
     if PHASE == 0:
         small.barrier(counters_ptr + 1)
     if PHASE == 0 or PHASE == 3:

@@ -90,7 +90,7 @@ def _put(ptr, slot: tl.constexpr, tile, index, value, N):
 
 
 @triton.jit
-def softplus2(x):
+def _softplus2(x):
     """log2(1 + 2^x), to the last bits also where it is tiny."""
     t = tl.exp2(-tl.abs(x))
     w = t / (2 + t)  # log(1 + t) = 2 artanh w
@@ -101,13 +101,15 @@ def softplus2(x):
 
 
 @triton.jit
-def log_sum(ptr, max_slot: tl.constexpr, sum_slot: tl.constexpr, index, own, tiles, N, rate):
-    """log2 sum_{j != i} 2^(rate (S_ij - d_i))."""
+def softmax(ptr, max_slot: tl.constexpr, sum_slot: tl.constexpr, index, own, tiles, N, rate):
+    """Of each row or column: its largest score, log2 sum_j 2^(rate (S_ij - largest)), and -log2 P_ii."""
     peaks, exists = _gather(ptr, max_slot, index, tiles, N)
     peaks = tl.where(exists, peaks, NOTHING)
     peak = tl.max(peaks, 0)
-    sums = _gather(ptr, sum_slot, index, tiles, N)[0] * tl.exp2((peaks - peak[None, :]) * rate)
-    return (peak - own) * rate + tl.log2(tl.sum(sums, 0))
+    total = tl.sum(_gather(ptr, sum_slot, index, tiles, N)[0] * tl.exp2((peaks - peak[None, :]) * rate), 0)
+    lost = _softplus2((peak - own) * rate + tl.log2(total))
+    log = tl.log2(total + tl.exp2(tl.minimum(own - peak, 0.0) * rate))
+    return tl.maximum(peak, own), tl.where(own < peak, log, lost), lost
 
 
 @triton.jit
@@ -161,6 +163,17 @@ def statistics(s, rows, cols, ids_ptr, partials_ptr, pm, pn, N, rate):
     if ids_ptr is not None:
         same = same_id(ids_ptr, rows, cols, N) & (cols[None, :] < N)
         _put(partials_ptr, SAME, pn, rows, tl.sum(same.to(tl.float32), 1), N)
+
+
+@triton.jit
+def violation(gap, margin, HINGE: tl.constexpr):
+    """How far a negative is within the margin, c, and u = 1 - exp(-c) to the last bits also where c is tiny."""
+    c = tl.maximum(margin + gap, 0.0)
+    if HINGE:
+        return c, tl.where(c > 0, 1.0, 0.0)
+    else:
+        series = c * (1 - c / 2 * (1 - c / 3 * (1 - c / 4 * (1 - c / 5 * (1 - c / 6)))))
+        return c, tl.where(c < 0.25, series, 1 - tl.exp2(-LOG2E * c))
 
 
 @triton.jit
