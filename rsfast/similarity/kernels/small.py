@@ -38,39 +38,31 @@ def peak_kernel(image_ptr, text_ptr, peaks_ptr, counters_ptr, size, BLOCK: tl.co
 
 
 @triton.jit
-def _contrastive(s, rows, cols, row_own, col_own, row_peak, col_peak, row_log, col_log, row_lost, col_lost, row_target,
-                 col_target, ids_ptr, numbers_ptr, pm, pn, piece, N, scale, smoothing,
-                 SMOOTH: tl.constexpr, GRAD: tl.constexpr):  # fmt: skip
-    """A = P - y and B of the contrastive loss; leaves its terms, and those of the temperature's gradient."""
-    loss = 0.0
-    if pn == 0:
-        loss += tl.sum(tl.where(rows < N, row_lost, 0.0)) / LOG2E
-    if pm == 0:
-        loss += tl.sum(tl.where(cols < N, col_lost, 0.0)) / LOG2E
-    # scores count from their largest, so that no large exponents cancel
-    a = tl.exp2((s - row_peak[:, None]) * (scale * LOG2E) - row_log[:, None])
-    b = tl.exp2((s - col_peak[None, :]) * (scale * LOG2E) - col_log[None, :])
-    row_gap, col_gap = s - row_own[:, None], s - col_own[None, :]
+def _one_way(s, rows, cols, peak, log, target, ids_ptr, N, scale, smoothing, SMOOTH: tl.constexpr):
+    """P - y of one direction, and the sums over pairs of y and of P - y times the scores."""
+    gap = s - peak  # scores count from their largest, so that no large exponents cancel
+    a = tl.exp2(gap * (scale * LOG2E) - log)
+    aligned = 0.0
     if SMOOTH or ids_ptr is not None:
-        pairs = inside(rows, cols, N, N, 0, True)
-        row_y = tl.where(pairs, smoothing / N, 0.0)
-        col_y = row_y
+        pairs = s > 0.5 * small.NOTHING
+        y = tl.where(pairs, smoothing / N, 0.0)
         if ids_ptr is not None:
-            same = pairs & small.same_id(ids_ptr, rows, cols, N)
-            row_y += tl.where(same, row_target[:, None], 0.0)
-            col_y += tl.where(same, col_target[None, :], 0.0)
-        loss -= scale * tl.sum(row_y * row_gap + col_y * col_gap)
-        a -= row_y
-        b -= col_y
-    tl.store(numbers_ptr + small.LOSS * small.ROOM + piece, loss)
-    if GRAD:  # the rows of P - y add up to zero, so scores may count from d_i
-        tl.store(numbers_ptr + small.DSCALE * small.ROOM + piece, tl.sum(a * row_gap + b * col_gap))
-    return a, b
+            y += tl.where(pairs & small.same_id(ids_ptr, rows, cols, N), target, 0.0)
+        aligned = tl.sum(y * gap)
+        a -= y
+    return a, aligned, tl.sum(a * gap)
 
 
 @triton.jit
-def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_lost, row_target, rows, ids_ptr, partials_ptr,
-           numbers_ptr, g_ptr, pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE: tl.constexpr,
+def _lost(index, own, peak, log, target, N, scale, smoothing):
+    """What the rows or columns lose but for their other positives: log sum_j e^(s (S_ij - peak)) and their own."""
+    lost = log / LOG2E + scale * (target + smoothing / N) * (peak - own)
+    return tl.sum(tl.where(index < N, lost, 0.0))
+
+
+@triton.jit
+def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_target, rows, ids_ptr, partials_ptr, numbers_ptr,
+           g_ptr, pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE: tl.constexpr,
            TRIPLET: tl.constexpr, GAMMA: tl.constexpr, MASK_SAME: tl.constexpr, SMOOTH: tl.constexpr,
            GRAD: tl.constexpr, FP32: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
            PIECES: tl.constexpr):  # fmt: skip
@@ -80,16 +72,27 @@ def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_lost, row_targ
     piece = pm * tiles_n * PIECES + column
     col_own = tl.load(partials_ptr + small.OWN * N + cols, mask=cols < N, other=0.0)
     if CONTRASTIVE:
-        col_peak, col_log, col_lost = small.softmax(
+        col_peak, col_log = small.softmax(
             partials_ptr, small.COL_MAX, small.COL_SUM, cols, col_own, tiles_m, N, scale * LOG2E
         )
         col_target = small.target(ids_ptr, partials_ptr, cols, tiles_n, N, smoothing)
-        a, b = _contrastive(s, rows, cols, row_own, col_own, row_peak, col_peak, row_log, col_log, row_lost, col_lost,
-                            row_target, col_target, ids_ptr, numbers_ptr, pm, column, piece, N, scale, smoothing,
-                            SMOOTH, GRAD)  # fmt: skip
+        loss = 0.0
+        if column == 0:
+            loss += _lost(rows, row_own, row_peak, row_log, row_target, N, scale, smoothing)
+        if pm == 0:
+            loss += _lost(cols, col_own, col_peak, col_log, col_target, N, scale, smoothing)
+        a, aligned, slope = _one_way(s, rows, cols, row_peak[:, None], row_log[:, None], row_target[:, None],
+                                     ids_ptr, N, scale, smoothing, SMOOTH)  # fmt: skip
+        b, aligned_2, slope_2 = _one_way(s, rows, cols, col_peak[None, :], col_log[None, :], col_target[None, :],
+                                         ids_ptr, N, scale, smoothing, SMOOTH)  # fmt: skip
+        tl.store(numbers_ptr + small.LOSS * small.ROOM + piece, loss - scale * (aligned + aligned_2))
         if GRAD:
-            small.emit(a, b, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, column, tiles_m, tiles_n * PIECES, N,
-                       FP32, BLOCK_M, WIDTH)  # fmt: skip
+            a_sums, b_sums = tl.sum(a, 1), tl.sum(b, 0)
+            # d_i itself adds nothing where scores count from it: the rows of P - y add up to zero
+            slope += slope_2 + tl.sum(a_sums * (row_peak - row_own)) + tl.sum(b_sums * (col_peak - col_own))
+            tl.store(numbers_ptr + small.DSCALE * small.ROOM + piece, slope)
+            small.emit(a + b, a_sums, b_sums, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, column, tiles_m,
+                       tiles_n * PIECES, N, FP32, BLOCK_M, WIDTH)  # fmt: skip
     if TRIPLET:
         if MASK_SAME:
             s = tl.where(small.same_id(ids_ptr, rows, cols, N), small.NOTHING, s)
@@ -98,9 +101,9 @@ def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_lost, row_targ
         lost = tl.sum(weighed(c, u, GAMMA) + weighed(c_2, u_2, GAMMA))
         tl.store(numbers_ptr + (small.LOSS + 1) * small.ROOM + piece, lost)
         if GRAD:
-            small.emit(weighed_grad(c, u, GAMMA), weighed_grad(c_2, u_2, GAMMA), CONTRASTIVE, g_ptr, partials_ptr,
-                       numbers_ptr, rows, cols, pm, column, tiles_m, tiles_n * PIECES, N,
-                       FP32, BLOCK_M, WIDTH)  # fmt: skip
+            a, b = weighed_grad(c, u, GAMMA), weighed_grad(c_2, u_2, GAMMA)
+            small.emit(a + b, tl.sum(a, 1), tl.sum(b, 0), CONTRASTIVE, g_ptr, partials_ptr, numbers_ptr, rows, cols,
+                       pm, column, tiles_m, tiles_n * PIECES, N, FP32, BLOCK_M, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -138,16 +141,16 @@ def small_kernel(
         small.barrier(counters_ptr)
     if (PHASE == 0 or PHASE == 2) and pid < tiles:
         row_own = tl.load(own_ptr + rows, mask=rows < N, other=0.0)
-        row_peak, row_log, row_lost, row_target = row_own, row_own, row_own, 1.0
+        row_peak, row_log, row_target = row_own, row_own, row_own
         if CONTRASTIVE:
-            row_peak, row_log, row_lost = small.softmax(
+            row_peak, row_log = small.softmax(
                 partials_ptr, small.ROW_MAX, small.ROW_SUM, rows, row_own, tiles_n, N, scale * LOG2E
             )
             row_target = small.target(ids_ptr, partials_ptr, rows, tiles_n, N, smoothing)
         parts = pieces(s, BLOCK_M, BLOCK_N, PIECES)
         for part in tl.static_range(PIECES):
-            _piece(parts[part], part, row_own, row_peak, row_log, row_lost, row_target, rows, ids_ptr, partials_ptr,
-                   numbers_ptr, g_ptr, pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE, TRIPLET,
+            _piece(parts[part], part, row_own, row_peak, row_log, row_target, rows, ids_ptr, partials_ptr, numbers_ptr,
+                   g_ptr, pm, pn, tiles_m, tiles_n, N, scale, margin, smoothing, CONTRASTIVE, TRIPLET,
                    GAMMA, MASK_SAME, SMOOTH, GRAD, FP32, BLOCK_M, BLOCK_N // PIECES, PIECES)  # fmt: skip
     if PHASE == 0:
         small.barrier(counters_ptr + 1)

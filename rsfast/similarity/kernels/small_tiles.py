@@ -102,14 +102,14 @@ def _softplus2(x):
 
 @triton.jit
 def softmax(ptr, max_slot: tl.constexpr, sum_slot: tl.constexpr, index, own, tiles, N, rate):
-    """Of each row or column: its largest score, log2 sum_j 2^(rate (S_ij - largest)), and -log2 P_ii."""
+    """Of each row or column: its largest score, and log2 sum_j 2^(rate (S_ij - largest)) to its last bits."""
     peaks, exists = _gather(ptr, max_slot, index, tiles, N)
     peaks = tl.where(exists, peaks, NOTHING)
     peak = tl.max(peaks, 0)
     total = tl.sum(_gather(ptr, sum_slot, index, tiles, N)[0] * tl.exp2((peaks - peak[None, :]) * rate), 0)
-    lost = _softplus2((peak - own) * rate + tl.log2(total))
-    log = tl.log2(total + tl.exp2(tl.minimum(own - peak, 0.0) * rate))
-    return tl.maximum(peak, own), tl.where(own < peak, log, lost), lost
+    first = _softplus2((peak - own) * rate + tl.log2(total))  # where the largest is d_i
+    other = tl.log2(total + tl.exp2(tl.minimum(own - peak, 0.0) * rate))
+    return tl.maximum(peak, own), tl.where(own < peak, other, first)
 
 
 @triton.jit
@@ -145,10 +145,10 @@ def same_id(ids_ptr, rows, cols, N):
 @triton.jit
 def target(ids_ptr, partials_ptr, index, tiles, N, smoothing):
     """Target of each positive of a row or column."""
-    share = 1 - smoothing
     if ids_ptr is not None:
-        share = share / _total(partials_ptr, SAME, index, tiles, N)
-    return share
+        return (1 - smoothing) / _total(partials_ptr, SAME, index, tiles, N)
+    else:
+        return (1 - smoothing) + tl.zeros(index.shape, tl.float32)
 
 
 @triton.jit
@@ -177,12 +177,11 @@ def violation(gap, margin, HINGE: tl.constexpr):
 
 
 @triton.jit
-def emit(a, b, loss: tl.constexpr, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn, tiles_m, tiles_n, N,
-         FP32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def emit(g, a_sums, b_sums, loss: tl.constexpr, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn,
+         tiles_m, tiles_n, N, FP32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Leaves the tile of A + B in 16 bits, as large as they hold, and in fp32 what the diagonal needs of it."""
-    _put(partials_ptr, ROW_A + 64 * loss, pn, rows, tl.sum(a, 1), N)
-    _put(partials_ptr, COL_B + 16 * loss, pm, cols, tl.sum(b, 0), N)
-    g = a + b
+    _put(partials_ptr, ROW_A + 64 * loss, pn, rows, a_sums, N)
+    _put(partials_ptr, COL_B + 16 * loss, pm, cols, b_sums, N)
     up, down = power(tl.max(tl.abs(g)))
     tl.store(numbers_ptr + (STEP + loss) * ROOM + pm * tiles_n + pn, down)
     high, low = _parts(g, up, g_ptr.dtype.element_ty)
