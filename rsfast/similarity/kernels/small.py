@@ -71,6 +71,18 @@ def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_target, rows, 
     cols = column * WIDTH + tl.arange(0, WIDTH)
     piece = pm * tiles_n * PIECES + column
     col_own = tl.load(partials_ptr + small.OWN * N + cols, mask=cols < N, other=0.0)
+    if TRIPLET:
+        negatives = s
+        if MASK_SAME:
+            negatives = tl.where(small.same_id(ids_ptr, rows, cols, N), small.NOTHING, s)
+        c, u = small.violation(negatives - row_own[:, None], margin, GAMMA == 0)
+        c_2, u_2 = small.violation(negatives - col_own[None, :], margin, GAMMA == 0)
+        lost = tl.sum(weighed(c, u, GAMMA) + weighed(c_2, u_2, GAMMA))
+        tl.store(numbers_ptr + (small.LOSS + 1) * small.ROOM + piece, lost)
+        if GRAD:
+            a, b = weighed_grad(c, u, GAMMA), weighed_grad(c_2, u_2, GAMMA)
+            small.emit(a + b, tl.sum(a, 1), tl.sum(b, 0), CONTRASTIVE, g_ptr, partials_ptr, numbers_ptr, rows, cols,
+                       pm, column, tiles_m, tiles_n * PIECES, N, FP32, BLOCK_M, WIDTH)  # fmt: skip
     if CONTRASTIVE:
         col_peak, col_log = small.softmax(
             partials_ptr, small.COL_MAX, small.COL_SUM, cols, col_own, tiles_m, N, scale * LOG2E
@@ -93,17 +105,6 @@ def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_target, rows, 
             tl.store(numbers_ptr + small.DSCALE * small.ROOM + piece, slope)
             small.emit(a + b, a_sums, b_sums, 0, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, column, tiles_m,
                        tiles_n * PIECES, N, FP32, BLOCK_M, WIDTH)  # fmt: skip
-    if TRIPLET:
-        if MASK_SAME:
-            s = tl.where(small.same_id(ids_ptr, rows, cols, N), small.NOTHING, s)
-        c, u = small.violation(s - row_own[:, None], margin, GAMMA == 0)
-        c_2, u_2 = small.violation(s - col_own[None, :], margin, GAMMA == 0)
-        lost = tl.sum(weighed(c, u, GAMMA) + weighed(c_2, u_2, GAMMA))
-        tl.store(numbers_ptr + (small.LOSS + 1) * small.ROOM + piece, lost)
-        if GRAD:
-            a, b = weighed_grad(c, u, GAMMA), weighed_grad(c_2, u_2, GAMMA)
-            small.emit(a + b, tl.sum(a, 1), tl.sum(b, 0), CONTRASTIVE, g_ptr, partials_ptr, numbers_ptr, rows, cols,
-                       pm, column, tiles_m, tiles_n * PIECES, N, FP32, BLOCK_M, WIDTH)  # fmt: skip
 
 
 @triton.jit
