@@ -182,7 +182,11 @@ def test_loss_of_separated_features_is_exact(scale, dtype, device):
     assert loss.item() == pytest.approx(exact, rel=2 * eps)
     image_grad, _, scale_grad = torch.autograd.grad(loss, (image, text, exponent))
     share = others / (1 + others)
-    g = scale / 9 * (share / 8 * torch.ones(9, 9, dtype=torch.double) - share * 9 / 8 * torch.eye(9))
+    g = (
+        scale
+        / 9
+        * (share / 8 * torch.ones(9, 9, dtype=torch.double) - share * 9 / 8 * torch.eye(9, dtype=torch.double))
+    )
     rounding = 2 * eps + torch.finfo(dtype).eps
     torch.testing.assert_close(image_grad[:, :9].double().cpu(), g, rtol=rounding, atol=0)
     assert scale_grad.item() == pytest.approx(-share, rel=2 * eps)

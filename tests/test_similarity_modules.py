@@ -149,6 +149,8 @@ def test_bad_arguments_are_named():
         rsfast.SigmoidLoss(dist_impl="ring")
     with pytest.raises(ValueError, match="torch.distributed must be initialised for a world_size of 2"):
         rsfast.ContrastiveLoss(world_size=2)(*features(4, 4), number(1.0))
+    with pytest.raises(ValueError, match="image_ids are needed where text_ids are given"):
+        rsfast.ContrastiveLoss(world_size=2)(*features(4, 4), number(1.0), text_ids=torch.arange(4))
     for kind in (rsfast.TripletLoss, functools.partial(rsfast.AdaptiveTripletLoss, gamma=1.0)):
         with pytest.raises(ValueError, match="negatives must be 'all' or 'hardest', got 'some'"):
             kind(negatives="some")(*features(4, 4))

@@ -54,7 +54,9 @@ def contrastive_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Cost: N x M memory.
+    gradients in the dtype of what they belong to. Deterministic: yes. Cost, fused: 2 N M D operations forward, 6 N M D
+    backward (similarities are made again), O((N + M) D) memory, a workspace of at most 1.5 GiB; the reference keeps
+    N x M similarities several times over.
 
     Example:
         >>> import torch, rsfast
@@ -66,8 +68,7 @@ def contrastive_loss(
         image_features=image_features, text_features=text_features, normalize=normalize, check_finite=check_finite
     )
     checks.check_not_alone(image_features, text_features)
-    if text_ids is not None and image_ids is None:
-        raise ValueError("image_ids are needed where text_ids are given, got None")
+    checks.check_ids_given(image_ids, text_ids)
     if len(image_features) != len(text_features) and text_ids is None:
         raise ValueError(
             f"image_ids and text_ids are needed for {len(image_features)} images and {len(text_features)} texts"
@@ -79,11 +80,12 @@ def contrastive_loss(
         "logit_scale", logit_scale, image_features, positive=True, check_finite=check_finite
     )
     checks.check_range("label_smoothing", label_smoothing, 0, 1)
-    use_fused(impl, why_not_fused(image_features))
-    return reference.contrastive_loss(
-        image_features, text_features, logit_scale,
-        image_ids=image_ids, text_ids=text_ids, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    options = dict(image_ids=image_ids, text_ids=text_ids, label_smoothing=label_smoothing)
+    if use_fused(impl, why_not_fused(image_features)):
+        from rsfast.similarity import kernels
+
+        return kernels.contrastive_loss(image_features, text_features, logit_scale, **options)
+    return reference.contrastive_loss(image_features, text_features, logit_scale, **options)
 
 
 def one_way_loss(
@@ -143,13 +145,14 @@ def one_way_loss(
     query_ids, key_ids = checks.prepared_ids(dict(query=queries, key=keys), query_ids=query_ids, key_ids=key_ids)
     logit_scale = checks.prepared_number("logit_scale", logit_scale, queries, positive=True, check_finite=check_finite)
     checks.check_range("label_smoothing", label_smoothing, 0, 1)
-    use_fused(impl, why_not_fused(queries))
-    return reference.one_way_loss(
-        queries, keys, logit_scale,
-        offset=offset, query_ids=query_ids, key_ids=key_ids, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    options = dict(offset=offset, query_ids=query_ids, key_ids=key_ids, label_smoothing=label_smoothing)
+    if use_fused(impl, why_not_fused(queries)):
+        from rsfast.similarity import kernels
+
+        return kernels.one_way_loss(queries, keys, logit_scale, **options)
+    return reference.one_way_loss(queries, keys, logit_scale, **options)
 
 
 def why_not_fused(features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(features), "the contrastive loss has no kernel yet"]
+    return checks.why_not_pairs(features)
