@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import register
-from rsfast.similarity.kernels import pairwise, softmax
+from rsfast.similarity.kernels import pairwise, small, softmax
+from rsfast.similarity.kernels.plan import multiprocessors
 from rsfast.similarity.reference import Negatives
 
 _OPTIONS = (
@@ -44,6 +45,16 @@ def _fake_pairwise_fwd(
     return number(), *_like(image, text, need_image, need_text), number(), number()
 
 
+def _fake_small(
+    image, text, logit_scale, image_ids, contrastive, triplet, margin, gamma, adaptive, mask_same, smoothing, grad
+):
+    def new(*shape):
+        return image.new_empty(shape, dtype=torch.float32)
+
+    (N, D), losses = image.shape, contrastive + triplet
+    return new(2), new(losses, N if grad else 0, D), new(losses, N if grad else 0, D), new()
+
+
 def _like(image, text, need_image, need_text):
     return tuple(x.new_empty(len(x) if need else 0, x.shape[1]) for x, need in ((image, need_image), (text, need_text)))
 
@@ -68,6 +79,40 @@ _pairwise_fwd = register(
     pairwise.fwd,
     _fake_pairwise_fwd,
 )
+
+
+_small_losses = register(
+    "small_losses(Tensor image, Tensor text, Tensor? logit_scale, Tensor? image_ids, bool contrastive, bool triplet, "
+    "float margin, float gamma, bool adaptive, bool mask_same, float smoothing, bool grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    small.step,
+    _fake_small,
+)
+
+
+class _Small(torch.autograd.Function):
+    """Gradients come with the losses, of each by itself, for backward knows how much either counts."""
+
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, image_ids, *options):
+        losses, *grads = _small_losses(image, text, logit_scale, image_ids, *options, True)
+        ctx.save_for_backward(*grads, logit_scale)
+        contrastive, triplet = options[:2]
+        ctx.asked, ctx.dtype = slice(0 if contrastive else 1, 2 if triplet else 1), image.dtype
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlosses):
+        *grads, dscale, logit_scale = ctx.saved_tensors
+        need, dlosses = ctx.needs_input_grad, dlosses[ctx.asked]
+        dimage, dtext = (
+            (dlosses[:, None, None] * g).sum(0).to(ctx.dtype) if wanted else None
+            for g, wanted in zip(grads, need[:2], strict=True)
+        )
+        if need[2]:
+            dscale = (dlosses[0] * dscale).to(logit_scale.dtype).reshape(logit_scale.shape)
+        return dimage, dtext, dscale if need[2] else None, *[None] * (len(need) - 3)
 
 
 class _Softmax(torch.autograd.Function):
@@ -121,10 +166,24 @@ def _softmax(image, text, logit_scale, image_ids, text_ids, *options) -> Tensor:
     return _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)[0]
 
 
+def _fits_one_launch(image: Tensor, text: Tensor) -> bool:
+    return small.supports(len(image), len(text), image.shape[1], image.dtype, multiprocessors(image.device))
+
+
+def _small(image, text, logit_scale, image_ids, *options) -> Tensor:
+    if _wants_grad(image, text, logit_scale):
+        return _Small.apply(image, text, logit_scale, image_ids, *options)
+    return _small_losses(image, text, logit_scale, image_ids, *options, False)[0]
+
+
 def contrastive_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None, text_ids: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:  # fmt: skip
+    if text_ids is None and _fits_one_launch(image, text):
+        return _small(
+            image, text, logit_scale, image_ids, True, False, 0.0, 0.0, False, False, label_smoothing
+        )[0]  # fmt: skip
     return _softmax(
         image, text, logit_scale, image_ids, text_ids, False, False, 0.0, 0.0, 0.0, label_smoothing, 0, True
     )[0]  # fmt: skip
@@ -142,7 +201,10 @@ def one_way_loss(
 def harma_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None, margin: float, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    losses = _softmax(image, text, logit_scale, image_ids, None, True, False, margin, gamma, 0.5, 0.0, 0, True)
+    if _fits_one_launch(image, text):
+        losses = _small(image, text, logit_scale, image_ids, True, True, margin, gamma, True, False, 0.0)
+    else:
+        losses = _softmax(image, text, logit_scale, image_ids, None, True, False, margin, gamma, 0.5, 0.0, 0, True)
     return losses[0], losses[1]
 
 
@@ -150,7 +212,10 @@ def triplet_loss(
     image: Tensor, text: Tensor, *, margin: float, gamma: float, weight: float, negatives: Negatives,
     image_ids: Tensor | None, text_ids: Tensor | None, mask_same_id: bool,
 ) -> Tensor:  # fmt: skip
-    """``gamma`` 0 is the plain hinge."""
+    """``weight`` times the sum; ``gamma`` 0 is the plain hinge."""
+    if text_ids is None and weight in (0.5, 1) and _fits_one_launch(image, text):
+        adaptive = weight == 0.5
+        return _small(image, text, None, image_ids, False, True, margin, gamma, adaptive, mask_same_id, 0.0)[1]
     return _pairwise(image, text, None, None, image_ids, text_ids, mask_same_id, margin, gamma, weight, 0)
 
 

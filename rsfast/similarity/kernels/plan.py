@@ -1,6 +1,5 @@
 """Tiles of the kernels, and how much of S is worked on at once."""
 
-import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -32,7 +31,7 @@ class Tiles:
         return (min(tiles, multiprocessors(device)),)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """Programs that run at the same time."""
     if device.type == "cuda":

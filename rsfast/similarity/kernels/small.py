@@ -221,7 +221,6 @@ def step(
     text: Tensor,  # (N, D)
     logit_scale: Tensor | None,  # ()
     image_ids: Tensor | None,  # (N,)
-    *,
     contrastive: bool,
     triplet: bool,
     margin: float,
@@ -260,7 +259,7 @@ def step(
     fp32, that of other pairs is rounded to the features' dtype (22 bits for fp32). Deterministic: yes.
     """
     (n, d), new = image.shape, functools.partial(image.new_empty, dtype=torch.float32)
-    sm_count = sm_count or (multiprocessors(image.device) if image.is_cuda else 132)
+    sm_count = sm_count or multiprocessors(image.device)
     plan = _plan(n, sm_count)
     tiles_m, tiles_n = plan.tiles(n)
     image, text = image.contiguous(), text.contiguous()
