@@ -25,9 +25,10 @@ def _operand(source, row, column, rows, width, TMA: tl.constexpr, BLOCK: tl.cons
     """A block of a (rows, width) matrix, zero outside."""
     if TMA:
         return source.load([row, column])
-    r, k = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK_K)
-    mask = (r[:, None] < rows) & (k[None, :] < width)
-    return tl.load(source + r[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0)
+    else:
+        r, k = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK_K)
+        mask = (r[:, None] < rows) & (k[None, :] < width)
+        return tl.load(source + r[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -59,10 +60,11 @@ def pieces(x, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr):
     """The tile as 1, 2 or 4 tiles side by side, so that what is computed from one needs few registers."""
     if PIECES == 1:
         return (x,)
-    left, right = _halves(x, M, N)
-    if PIECES == 2:
-        return (left, right)
-    return _halves(left, M, N // 2) + _halves(right, M, N // 2)
+    elif PIECES == 2:
+        return _halves(x, M, N)
+    else:
+        left, right = _halves(x, M, N)
+        return _halves(left, M, N // 2) + _halves(right, M, N // 2)
 
 
 @triton.jit
