@@ -18,7 +18,11 @@ PACKAGES = (  # shown if installed, after rsfast's own dependencies
 PROBES = {  # a shape that the recipes use, for each operation with a choice of implementation
     "gated_adapter": (256, 50, 768),
     "contrastive_loss": (428, 512),
+    "triplet_loss": (428, 512),
     "adaptive_triplet_loss": (428, 512),
+    "harma_loss": (428, 512),
+    "sigmoid_loss": (428, 512),
+    "uniformity_loss": (428, 512),
 }
 
 

@@ -1,16 +1,17 @@
 """One row per operation variant: what the contract suite and the benchmarks need to know about it."""
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from sys import modules
 
 import torch
 import torch.nn.functional as F
 
 import rsfast
 from rsfast.adapter import reference as adapter
+from rsfast.similarity import functional
 from rsfast.similarity import reference as similarity
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -55,13 +56,12 @@ class Case:
         return scales
 
     def has_kernel(self) -> bool:
-        """A family without kernels, or one whose functional.py says "no kernel yet", waits for its own."""
-        family = self.reference.__module__.rpartition(".")[0]
-        if find_spec(f"{family}.kernels") is None:
-            return False
-        shape = self.small[0]
-        reasons = modules[f"{family}.functional"].why_not_fused(self.inputs(shape, FP32, "cpu")[0])
-        return not any("no kernel yet" in reason for reason in reasons)
+        """No kernel takes float64, so a fused one has to say why it cannot run: because there is none yet?"""
+        try:
+            self.call(self.public, self.inputs(self.small[0], torch.float64, "cpu"), impl="fused")
+        except NotImplementedError as error:
+            return "no kernel yet" not in str(error)
+        raise AssertionError(f"{self}: a kernel takes float64")
 
 
 def _draw(shapes, dtype, device):
@@ -147,32 +147,77 @@ def _adapter(
     )
 
 
-def _loss(name, public, reference, *, scaled, ids=False):
-    """Row of a loss over the pairs of a batch; ``scaled`` for a loss that takes ``logit_scale``."""
+def stacked(losses: Callable) -> Callable:
+    """The same with the losses it returns in one tensor."""
+
+    @functools.wraps(losses)
+    def call(*args, **kwargs):
+        return torch.stack(losses(*args, **kwargs))
+
+    return call
+
+
+NUMBERS = {"logit_scale": 5.0, "logit_bias": -2.0}
+
+
+def _loss(
+    op,
+    name="",
+    *,
+    texts=lambda n: n,
+    ids=(),
+    small=((7, 13), (9, 24)),
+    large=(),
+    dtypes=(FP32, BF16),
+    tiny=(),
+    **options,
+):
+    """Row of a loss over the pairs of a batch of shape (N, D), which has ``texts(N)`` texts.
+
+    ``ids`` are the names of the ids to give; rows 2 k and 2 k + 1 share one.
+    """
+    public, reference = getattr(functional, op), getattr(similarity, op)
+    tensors = [p.name for p in inspect.signature(public).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    numbers = [tensor for tensor in tensors if tensor in NUMBERS]
+    sides = len(tensors) - len(numbers)
+    if op == "harma_loss":
+        public, reference = stacked(public), stacked(reference)
+
+    def sizes(shape):
+        return (shape[0], texts(shape[0]))[:sides]
 
     def inputs(shape, dtype, device):
-        image, text = (F.normalize(t, dim=1).to(dtype) for t in _draw([(shape, 1)] * 2, FP32, device))
-        return (image, text, *[torch.tensor(5.0, dtype=dtype, device=device)] * scaled)
+        drawn = _draw([((n, shape[1]), 1) for n in sizes(shape)], FP32, device)
+        features = [F.normalize(t, dim=1).to(dtype) for t in drawn]
+        wide = torch.promote_types(dtype, FP32)  # as models keep what is one number
+        return (*features, *[torch.tensor(NUMBERS[number], dtype=wide, device=device) for number in numbers])
 
     def pack(tensors):
-        n = len(tensors[0])
-        return tensors, dict(image_ids=torch.arange(n, device=tensors[0].device) // 2) if ids else {}
+        each = {name: torch.arange(len(t), device=t.device) // 2 for name, t in zip(ids, tensors, strict=False)}
+        return tensors, options | each
+
+    def io_bytes(shape, itemsize, backward=False):
+        return sum(sizes(shape)) * shape[1] * itemsize * (2 if backward else 1)
+
+    def flops(shape, backward=False):
+        # the scores 2 N M D; backward: as many again for either side's gradient
+        return 2 * sizes(shape)[0] * sizes(shape)[-1] * shape[1] * (2 if backward else 1)
 
     return Case(
-        name,
+        f"{op}{name}",
         public,
         reference,
-        ("image_features", "text_features", *["logit_scale"] * scaled),
+        tuple(tensors),
         inputs,
         pack,
-        terms=lambda shape: max(shape),
-        io_bytes=lambda shape, itemsize, backward=False: 2 * math.prod(shape) * itemsize * (2 if backward else 1),
-        # the scores 2 N^2 D; backward: as many again for either side's gradient
-        flops=lambda shape, backward=False: 2 * shape[0] ** 2 * shape[1] * (2 if backward else 1),
-        scalars=lambda shape: {"logit_scale": (shape[0], shape[0])} if scaled else {},
-        small=((8, 16), (7, 13), (1, 1)),
-        large=((428, 512), (4096, 512)),
-        tiny=(7, 13),
+        terms=lambda shape: max(*shape, *sizes(shape)),
+        io_bytes=io_bytes,
+        flops=flops,
+        scalars=lambda shape: {number: (sizes(shape)[0], sizes(shape)[-1]) for number in numbers},
+        small=small,
+        large=large,
+        dtypes=dtypes,
+        tiny=tiny,
     )
 
 
@@ -183,6 +228,8 @@ ODD, LONG, ONES, EMPTY = (2, 13, 37), (1, 77, 40), (1, 1, 1), (0, 5, 24)
 # interpreted kernels take seconds, so most rows are as narrow as the kernels allow, and head sizes get one dtype
 NARROW = dict(bottleneck=32, num_heads=2, tiny=(2, 5, 24))
 HEADS = dict(dtypes=(FP32, FP16, BF16) if torch.cuda.is_available() else (FP32,))
+EVERY, PAIRS = (FP32, FP16, BF16), ((428, 512), (4096, 512))
+MAIN = dict(dtypes=EVERY, tiny=(7, 13))
 
 CASES = [
     _adapter("", small=((1, 16, 32), ODD, ONES, EMPTY, (1, 64, 24), LONG), large=VISION + LONG_VISION + TEXT),
@@ -199,7 +246,20 @@ CASES = [
     _adapter("_64x1", bottleneck=64, num_heads=1, small=(ODD,), **HEADS),
     _adapter("_256x8_shared", bottleneck=256, num_heads=8, shared=8, small=((1, 9, 37),), **HEADS),
     _adapter("_256x4", bottleneck=256, num_heads=4, small=((1, 65, 24),), **HEADS),
-    _loss("contrastive_loss", rsfast.contrastive_loss, similarity.contrastive_loss, scaled=True),
-    _loss("contrastive_loss_ids", rsfast.contrastive_loss, similarity.contrastive_loss, scaled=True, ids=True),
-    _loss("adaptive_triplet_loss", rsfast.adaptive_triplet_loss, similarity.adaptive_triplet_loss, scaled=False),
+    _loss("contrastive_loss", **MAIN, large=PAIRS),
+    _loss("contrastive_loss", "_ids", ids=("image_ids",), dtypes=EVERY, large=PAIRS),
+    _loss("contrastive_loss", "_rect", ids=("image_ids", "text_ids"), texts=lambda n: 2 * n + 3, tiny=(7, 13)),
+    _loss("contrastive_loss", "_smooth", label_smoothing=0.1),
+    _loss("one_way_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
+    _loss("triplet_loss", **MAIN),
+    _loss("triplet_loss", "_hardest", negatives="hardest", tiny=(7, 13)),
+    _loss("adaptive_triplet_loss", **MAIN, large=PAIRS),
+    _loss("adaptive_triplet_loss", "_masked", mask_same_id=True, ids=("image_ids",)),
+    _loss("adaptive_triplet_loss", "_gamma1", gamma=1.0),
+    _loss("adaptive_triplet_loss", "_hardest", negatives="hardest"),
+    _loss("harma_loss", dtypes=EVERY),
+    _loss("harma_loss", "_ids", **MAIN, ids=("image_ids",)),
+    _loss("sigmoid_loss", **MAIN),
+    _loss("one_way_sigmoid_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
+    _loss("uniformity_loss", **MAIN),
 ]

@@ -10,7 +10,7 @@ import pytest
 import rsfast
 
 ROOT = pathlib.Path(rsfast.__file__).parent
-FAMILIES = {p.parent.name for p in ROOT.glob("*/functional.py")}
+FAMILIES = {p.parent.name for p in ROOT.glob("*/reference.py")}
 MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; families never import each other
     "reference": ("torch",),
     "kernels": (
@@ -21,7 +21,13 @@ MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; fa
         "rsfast.{family}.reference",
         "rsfast.{family}.kernels",
     ),  # fmt: skip
-    "functional": ("torch", "rsfast._dispatch", "rsfast.{family}.reference", "rsfast.{family}.kernels"),
+    "functional": (
+        "torch",
+        "rsfast._dispatch",
+        "rsfast.{family}.reference",
+        "rsfast.{family}.kernels",
+        "rsfast.{family}.functional",
+    ),
     "module": ("torch", "rsfast._dispatch", "rsfast.{family}.functional"),
 }
 # above the families: who may import whom, lowest first; each may use the public names and all rooms below it
@@ -53,6 +59,7 @@ def test_imports_point_down(path):
         assert name.split(".")[0] in sys.stdlib_module_names or name.startswith(allowed), (
             f"{path.name} may not import {name}"
         )
+        assert role(path) == "module" or not name.startswith("torch.distributed"), f"{path.name} may not import {name}"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -93,7 +100,7 @@ def test_works_without_triton():
 def test_import_is_light():
     in_a_fresh_process(
         "import sys, rsfast\n"
-        "heavy = {'triton', 'open_clip', 'torchvision', 'timm'} & set(sys.modules)\n"
+        "heavy = {'triton', 'open_clip', 'torchvision', 'timm', 'torch.distributed.nn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()"
     )
