@@ -64,7 +64,8 @@ def triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    use_fused(impl, why_not_fused(image_features))
+    if use_fused(impl, why_not_fused(image_features, negatives)):
+        return _fused(image_features, text_features, gamma=0.0, weight=1.0, **options)
     return reference.triplet_loss(image_features, text_features, **options)
 
 
@@ -125,13 +126,21 @@ def adaptive_triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    use_fused(impl, why_not_fused(image_features))
+    if use_fused(impl, why_not_fused(image_features, negatives)):
+        return _fused(image_features, text_features, gamma=float(gamma), weight=0.5, **options)
     return reference.adaptive_triplet_loss(image_features, text_features, gamma=gamma, **options)
 
 
-def why_not_fused(image_features: Tensor) -> list[str]:
+def why_not_fused(image_features: Tensor, negatives: Negatives = "all") -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(image_features), "the triplet losses have no kernel yet"]
+    waits = [] if negatives == "hardest" else ["the triplet losses of all negatives have no kernel yet"]
+    return [*checks.why_not_pairs(image_features), *waits]
+
+
+def _fused(image_features, text_features, *, negatives, **options):
+    from rsfast.similarity.kernels.hardest import hardest_triplet
+
+    return hardest_triplet(image_features, text_features, **options)
 
 
 def _prepared(image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, finite):
