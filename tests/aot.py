@@ -23,9 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rsfast import _dispatch
 
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KB a program may use
 
 
@@ -62,9 +66,10 @@ def _kind(param, value):
     """Type, constant and attribute of an argument, as Triton specialises it at a launch."""
     if param.is_constexpr or value is None:
         return "constexpr", value, None
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", None, None
     if isinstance(value, torch.Tensor):
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
-        return f"*{names.get(value.dtype, 'i32')}", None, 16
+        return f"*{TYPES[value.dtype]}", None, 16
     if isinstance(value, int):
         if value == 1:
             return "constexpr", 1, None
@@ -90,7 +95,7 @@ def compile(launch, target):
     return dict(
         kernel=kernel.fn.__name__, file=pathlib.Path(inspect.getfile(kernel.fn)).parent.parent.name,
         target=target, registers=registers, stack=stack, shared=built.metadata.shared,
-        types=sorted({kind for _, kind, _, _ in args if kind.startswith("*")}),
+        types=sorted({kind for _, kind, _, _ in args if kind.startswith(("*", "tensordesc"))}),
         constants={n: v for n, k, v, _ in args if k == "constexpr" and v is not None}, options=dict(options),
     )  # fmt: skip
 

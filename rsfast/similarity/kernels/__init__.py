@@ -1,0 +1,162 @@
+"""Triton kernels of the in-batch losses: S = I T^T is worked through tile by tile and never stored."""
+
+import torch
+from torch import Tensor
+
+from rsfast._dispatch import register
+from rsfast.similarity.kernels import pairwise, softmax
+
+_OPTIONS = (
+    "bool triplet, bool mask_same, float margin, float gamma, float weight, float smoothing, int offset, bool both_ways"
+)
+
+
+def _fake_softmax_fwd(
+    image, text, logit_scale, image_ids, text_ids, triplet, mask_same, margin, gamma, weight, smoothing, offset,
+    both_ways,
+):  # fmt: skip
+    def new(*shape, dtype):
+        return image.new_empty(shape, dtype=dtype)
+
+    rows, columns = new(len(image), dtype=torch.float64), new(len(text) if both_ways else 0, dtype=torch.float64)
+    return new(2, dtype=torch.float32), rows, columns, new(1, dtype=torch.int32)
+
+
+def _fake_softmax_bwd(
+    dlosses, image, text, logit_scale, image_ids, text_ids, rows, columns, wide, triplet, mask_same, margin, gamma,
+    weight, smoothing, offset, both_ways, need_image, need_text,
+):  # fmt: skip
+    return *_like(image, text, need_image, need_text), logit_scale.new_empty(logit_scale.shape)
+
+
+def _fake_pairwise_fwd(
+    image, text, logit_scale, logit_bias, image_ids, text_ids, mask_same, margin, gamma, weight, need_image, need_text,
+    need_scalars,
+):  # fmt: skip
+    def number():
+        return image.new_empty((), dtype=torch.float32)
+
+    return number(), *_like(image, text, need_image, need_text), number(), number()
+
+
+def _like(image, text, need_image, need_text):
+    return tuple(x.new_empty(len(x) if need else 0, x.shape[1]) for x, need in ((image, need_image), (text, need_text)))
+
+
+_softmax_fwd = register(
+    "softmax_loss_fwd(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    softmax.fwd,
+    _fake_softmax_fwd,
+)
+_softmax_bwd = register(
+    "softmax_loss_bwd(Tensor dlosses, Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, "
+    f"Tensor? text_ids, Tensor rows, Tensor columns, Tensor wide, {_OPTIONS}, bool need_image, bool need_text) "
+    "-> (Tensor, Tensor, Tensor)",
+    softmax.bwd,
+    _fake_softmax_bwd,
+)
+_pairwise_fwd = register(
+    "pairwise_loss(Tensor image, Tensor text, Tensor? logit_scale, Tensor? logit_bias, Tensor? image_ids, "
+    "Tensor? text_ids, bool mask_same, float margin, float gamma, float weight, bool need_image, bool need_text, "
+    "bool need_scalars) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    pairwise.fwd,
+    _fake_pairwise_fwd,
+)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, image_ids, text_ids, *options):
+        losses, rows, columns, wide = _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)
+        ctx.save_for_backward(image, text, logit_scale, image_ids, text_ids, rows, columns, wide)
+        ctx.options = options
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlosses):
+        need = ctx.needs_input_grad
+        grads = _softmax_bwd(dlosses, *ctx.saved_tensors, *ctx.options, need[0], need[1])
+        return *_wanted(grads, need), *[None] * (2 + len(ctx.options))
+
+
+class _Pairwise(torch.autograd.Function):
+    """The gradients come with the loss: they do not depend on a sum over all pairs, as the softmax's do."""
+
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, logit_bias, image_ids, text_ids, *options):
+        need = ctx.needs_input_grad
+        loss, *grads = _pairwise_fwd(
+            image, text, logit_scale, logit_bias, image_ids, text_ids, *options, need[0], need[1], need[2] or need[3]
+        )
+        ctx.save_for_backward(*grads, logit_scale, logit_bias)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        *grads, logit_scale, logit_bias = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grads = [(dloss * g).to(g.dtype) if wanted else None for g, wanted in zip(grads, need[:4], strict=True)]
+        for i, scalar in ((2, logit_scale), (3, logit_bias)):
+            if need[i]:
+                grads[i] = grads[i].to(scalar.dtype).reshape(scalar.shape)
+        return *grads, *[None] * (len(need) - 4)
+
+
+def _wanted(grads, need):
+    return [g if wanted else None for g, wanted in zip(grads, need[: len(grads)], strict=True)]
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _softmax(image, text, logit_scale, image_ids, text_ids, *options) -> Tensor:
+    if _wants_grad(image, text, logit_scale):
+        return _Softmax.apply(image, text, logit_scale, image_ids, text_ids, *options)
+    return _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)[0]
+
+
+def contrastive_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None, text_ids: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    return _softmax(
+        image, text, logit_scale, image_ids, text_ids, False, False, 0.0, 0.0, 0.0, label_smoothing, 0, True
+    )[0]  # fmt: skip
+
+
+def one_way_loss(
+    queries: Tensor, keys: Tensor, logit_scale: Tensor, *, offset: int, query_ids: Tensor | None,
+    key_ids: Tensor | None, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    return _softmax(
+        queries, keys, logit_scale, query_ids, key_ids, False, False, 0.0, 0.0, 0.0, label_smoothing, offset, False
+    )[0]  # fmt: skip
+
+
+def harma_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None, margin: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    losses = _softmax(image, text, logit_scale, image_ids, None, True, False, margin, gamma, 0.5, 0.0, 0, True)
+    return losses[0], losses[1]
+
+
+def triplet_loss(
+    image: Tensor, text: Tensor, *, margin: float, gamma: float, weight: float, image_ids: Tensor | None,
+    text_ids: Tensor | None, mask_same_id: bool,
+) -> Tensor:  # fmt: skip
+    """All negatives; ``gamma`` 0 is the plain hinge."""
+    return _pairwise(image, text, None, None, image_ids, text_ids, mask_same_id, margin, gamma, weight)
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
+    return _pairwise(image, text, logit_scale, logit_bias, None, None, False, 0.0, 0.0, 1 / len(image))
+
+
+def _pairwise(image, text, logit_scale, logit_bias, *options) -> Tensor:
+    if _wants_grad(image, text, logit_scale, logit_bias):
+        return _Pairwise.apply(image, text, logit_scale, logit_bias, *options)
+    return _pairwise_fwd(image, text, logit_scale, logit_bias, *options, False, False, False)[0]

@@ -1,14 +1,14 @@
 """Second pass over the pairs: a block of G, the losses' gradient in the scores, for two matrix products.
 
-Positives are kept out of it: their gradient nearly cancels, so it is added in fp32 afterwards. G is divided by a power of
-two near its largest entry (and, in fp16, multiplied by 2^14), so that nothing is lost to the range of 16 bits.
+Positives are kept out of it: their gradient nearly cancels, so it is added in fp32 afterwards. G is divided by a power
+of two near its largest entry (and, in fp16, multiplied by 2^14), so that nothing is lost to the range of 16 bits.
 """
 
 import triton
 import triton.language as tl
 
 from rsfast._tiles import LOG2E, cast
-from rsfast.similarity.kernels.forward import log1p_exp
+from rsfast.similarity.kernels.forward import sigmoid
 from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores, violation, weighed, weighed_grad
 
 
@@ -30,16 +30,16 @@ def grad_kernel(
     n_rows, n_columns, width, pitch, diagonal, margin,
     SOFTMAX: tl.constexpr, TRIPLET: tl.constexpr, SIGMOID: tl.constexpr, LOSS: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, SMOOTH: tl.constexpr, MASK_SAME: tl.constexpr,
-    EXACT: tl.constexpr, GAMMA: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, PROGRAMS: tl.constexpr,
+    EXACT: tl.constexpr, GAMMA: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
     STORE: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """G of every pair but the positives, in ``DTYPE``, for fp32 in two parts.
 
-    ``scalars``: factor from products to logits in base 2, m, factor from products to scores, the logits' bias in base 2,
-    smoothing's share of a pair, weight of the triplet's or sigmoid's part. ``coef`` are the softmax's factors of a row and
-    a column; ``lse`` (``EXACT``) their logarithms of sums. ``row_sums`` and ``column_sums``: the triplet's derivative by the
-    positive's score. ``totals``, for each program: G times products, G (sigmoid), loss.
+    ``scalars``: factor from products to base-2 logits, m, factor from products to scores, the logits' bias in base 2,
+    smoothing's share of a pair, weight of the triplet's or sigmoid's part. ``coef``: the softmax's factors of a row and
+    a column; ``lse`` (``EXACT``): their logarithms of sums. ``row_sums``, ``column_sums``: the triplet's derivative by
+    the positive's score. ``totals``, for each program: G times products, G (sigmoid), loss.
     """
     if tl.load(wide_ptr) != EXACT:
         return
@@ -50,7 +50,7 @@ def grad_kernel(
     tiles_m, tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N)
     PIECE: tl.constexpr = BLOCK_N // PIECES
     by_scale, by_bias, lost = 0.0, 0.0, 0.0
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pm, pn = place(tile, tiles_m, tiles_n, GROUP)
         row, column = pm * BLOCK_M, pn * BLOCK_N
         acc = scores(
@@ -117,18 +117,14 @@ def grad_kernel(
                 out = out + f if SOFTMAX else f
             if SIGMOID:
                 z = x * to_logit + bias
-                out = weight / (1 + tl.exp2(-z))
-                if LOSS:
-                    f = log1p_exp(z)
-                if edge:
-                    keep = inside(rows, columns, n_rows, n_columns, diagonal, DIAGONAL)
-                    out = tl.where(keep, out, 0.0)
-                    if LOSS:
-                        f = tl.where(keep, f, 0.0)
+                if edge:  # a pair that does not count has neither loss nor gradient
+                    z = tl.where(inside(rows, columns, n_rows, n_columns, diagonal, DIAGONAL), z, -1e4)
+                f, out = sigmoid(z)
+                out *= weight
+                by_bias += tl.sum(out)
+                by_scale += tl.sum(out * x)
                 if LOSS:
                     lost += tl.sum(f)
-                by_scale += tl.sum(out * x)
-                by_bias += tl.sum(out)
             if STORE:
                 _store(g, out, row, start, n_rows, n_columns, pitch, TMA, BLOCK_M, PIECE, DTYPE)
                 if PARTS == 2:

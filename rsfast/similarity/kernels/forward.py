@@ -8,7 +8,7 @@ with ``EXACT``, a maximum for each tile's rows and columns; whichever does not a
 import triton
 import triton.language as tl
 
-from rsfast._tiles import LOG2E
+from rsfast._tiles import LN2, LOG2E
 from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores, violation, weighed
 
 
@@ -21,11 +21,12 @@ def _log_sum(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def log1p_exp(z):
-    """ln(1 + exp(z)) to the last bits of a small result; ``z`` in base 2."""
+def sigmoid(z):
+    """ln(1 + exp(z)), to the last bits of a small one, and its derivative; ``z`` in base 2."""
     p = tl.exp2(-tl.abs(z))
     series = p * (1 - p * (0.5 - p * (0.3333333333 - p * (0.25 - p * 0.2))))
-    return tl.maximum(z, 0.0) * 0.6931471805599453 + tl.where(p < 0.0625, series, 0.6931471805599453 * tl.log2(1 + p))
+    rest = tl.where(p < 0.0625, series, tl.log2(1 + p) * LN2)
+    return tl.maximum(z, 0.0) * LN2 + rest, tl.where(z > 0, 1.0, p) / (1 + p)
 
 
 @triton.jit
@@ -34,15 +35,15 @@ def stats_kernel(
     row_sums_ptr, column_sums_ptr, totals_ptr, n_rows, n_columns, width, diagonal, margin,
     SOFTMAX: tl.constexpr, TRIPLET: tl.constexpr, SIGMOID: tl.constexpr, COLUMNS: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, SMOOTH: tl.constexpr, MASK_SAME: tl.constexpr,
-    EXACT: tl.constexpr, GAMMA: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, PROGRAMS: tl.constexpr,
+    EXACT: tl.constexpr, GAMMA: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
     GROUP: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums of exponentials for each row and column of a tile; totals of what else is summed over all pairs.
 
-    ``scalars``: factor from products to logits in base 2, m, factor from products to scores, the logits' bias in base 2,
-    smoothing's share of a pair in its row and in its column. ``totals``, for each program: targets times scores,
-    triplet or sigmoid loss.
+    ``scalars``: factor from products to base-2 logits, m, factor from products to scores, the logits' bias in base 2,
+    smoothing's share of a pair in its row and in its column. ``totals``, for each program: targets times scores, loss
+    of triplets or sigmoids.
     """
     if tl.load(wide_ptr) != EXACT:
         return
@@ -52,7 +53,7 @@ def stats_kernel(
     tiles_m, tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N)
     PIECE: tl.constexpr = BLOCK_N // PIECES
     aligned, lost = 0.0, 0.0
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pm, pn = place(tile, tiles_m, tiles_n, GROUP)
         row, column = pm * BLOCK_M, pn * BLOCK_N
         acc = scores(
@@ -120,9 +121,10 @@ def stats_kernel(
                     f = tl.where(inside(rows, columns, n_rows, n_columns, diagonal, DIAGONAL), f, 0.0)
                 lost += tl.sum(f)
             if SIGMOID:
-                f = log1p_exp(x * to_logit + bias)
-                if edge:
-                    f = tl.where(inside(rows, columns, n_rows, n_columns, diagonal, DIAGONAL), f, 0.0)
+                z = x * to_logit + bias
+                if edge:  # a pair that does not count has no loss
+                    z = tl.where(inside(rows, columns, n_rows, n_columns, diagonal, DIAGONAL), z, -1e4)
+                f, _ = sigmoid(z)
                 lost += tl.sum(f)
     out = totals_ptr + tl.program_id(0) * 2
     tl.store(out, aligned)

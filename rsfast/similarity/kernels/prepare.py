@@ -4,10 +4,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rsfast._dispatch import capability
 from rsfast._tiles import cast
 
 PART_BITS = 14  # the largest element of an fp32 operand's high part lies just below 2^14: fp16 ends at 2^16
+ROWS = 16  # of a program
 STEP = 64  # both parts are padded to this, so that no step over the width reads from two of them
 
 
@@ -37,7 +40,9 @@ def prepare_kernel(a_ptr, b_ptr, a_parts_ptr, b_parts_ptr, scales_ptr, d_ptr, no
     """Scores of the positives, largest squared norms of a block of rows, and the two parts of fp32 operands."""
     pid = tl.program_id(0)
     rows = pid * BLOCK_R + tl.arange(0, BLOCK_R)
-    aa = bb = ab = tl.zeros([BLOCK_R], tl.float32)
+    aa = tl.zeros([BLOCK_R], tl.float32)
+    bb = tl.zeros([BLOCK_R], tl.float32)
+    ab = tl.zeros([BLOCK_R], tl.float32)
     for k in range(0, width // PARTS, BLOCK_D):
         cols = k + tl.arange(0, BLOCK_D)
         a, b = _rows(a_ptr, rows, cols, N, D), _rows(b_ptr, rows, cols, M, D)
@@ -52,3 +57,65 @@ def prepare_kernel(a_ptr, b_ptr, a_parts_ptr, b_parts_ptr, scales_ptr, d_ptr, no
     tl.store(norms_ptr + 2 * pid + 1, tl.max(bb, 0))
     if DIAGONAL:
         tl.store(d_ptr + rows, ab, mask=rows < N)
+
+
+def _packed(x: Tensor, tma: bool) -> Tensor:
+    """Contiguous, and where descriptors read it with rows of a multiple of 16 bytes."""
+    short = -x.shape[1] % (16 // x.element_size()) if tma else 0
+    return torch.nn.functional.pad(x, (0, short)) if short else x.contiguous()
+
+
+class Batch:
+    """Images and texts, or queries and keys, as the tiles read them.
+
+    Attributes:
+        a, b: 16-bit operands, (N, width) and (M, width).
+        parts: 2 where they hold the two parts of fp32 features.
+        dtype: Of the operands.
+        d: Scores of the positives, (N,) fp32, where there is a diagonal.
+        bound: No score is larger; a device scalar.
+        scale_a, scale_b: Powers of two in the operands, device scalars; None without parts.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, *, diagonal: bool, offset: int = 0):
+        self.image, self.text, self.diagonal, self.offset = image, text, diagonal, offset
+        (self.N, self.D), self.M, self.device = image.shape, len(text), image.device
+        self.tma = capability(self.device) >= 90
+        self.parts = 2 if image.dtype == torch.float32 else 1
+        self.dtype = torch.float16 if self.parts == 2 else image.dtype
+        a, b = _packed(image, self.tma), _packed(text, self.tma)
+        self.a, self.b, self.scale_a, self.scale_b, scales = a, b, None, None, None
+        self.width = a.shape[1]
+        if self.parts == 2:
+            largest = torch.stack([torch.linalg.vector_norm(x.flatten(), float("inf")) for x in (image, text)])
+            scales = torch.exp2((PART_BITS - 1 - largest.log2().floor()).clamp(-60, 60))
+            self.scale_a, self.scale_b = scales
+            self.width = 2 * STEP * triton.cdiv(self.D, STEP)
+            self.a, self.b = (x.new_empty(len(x), self.width, dtype=self.dtype) for x in (a, b))
+        blocks = triton.cdiv(max(self.N, self.M), ROWS)
+        self.d = image.new_empty(self.N if diagonal else 0, dtype=torch.float32)
+        norms = image.new_empty(blocks, 2, dtype=torch.float32)
+        prepare_kernel[(blocks,)](
+            a, b, self.a, self.b, scales, self.d, norms, self.N, self.M, a.shape[1], self.width, offset,
+            DIAGONAL=diagonal, PARTS=self.parts, BLOCK_R=ROWS, BLOCK_D=STEP,
+        )  # fmt: skip
+        self.bound = norms.amax(0).prod().sqrt()
+        self.to_score = 1 / (self.scale_a * self.scale_b) if self.parts == 2 else torch.ones_like(self.bound)
+
+    def operand(self, x: Tensor, rows: int, step: int) -> Tensor | TensorDescriptor:
+        """``x`` as a kernel reads or writes it in blocks of rows x step."""
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, step]) if self.tma else x
+
+
+def matches(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both sides' ids as small integers, -1 in an image without a text, and how many each one meets."""
+    sorted_ids, _ = text_ids.sort()
+    first = torch.searchsorted(sorted_ids, image_ids)
+    met = torch.searchsorted(sorted_ids, image_ids, right=True) - first
+    ids_a = torch.where(met > 0, first, -1).int()
+    if text_ids is image_ids:
+        return ids_a, ids_a, met, met
+    ids_b = torch.searchsorted(sorted_ids, text_ids).int()
+    sorted_ids, _ = image_ids.sort()
+    met_b = torch.searchsorted(sorted_ids, text_ids, right=True) - torch.searchsorted(sorted_ids, text_ids)
+    return ids_a, ids_b, met, met_b

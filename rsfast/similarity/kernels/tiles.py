@@ -25,7 +25,7 @@ def _operand(source, row, column, rows, width, TMA: tl.constexpr, BLOCK: tl.cons
     """A block of a (rows, width) matrix, zero outside."""
     if TMA:
         return source.load([row, column])
-    else:
+    else:  # descriptors do not compile as pointers
         r, k = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK_K)
         mask = (r[:, None] < rows) & (k[None, :] < width)
         return tl.load(source + r[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0)
@@ -92,10 +92,11 @@ def _one_minus(e, own):
     """max(1 - e * own, 0), in one instruction where there is one."""
     if INTERPRET:
         return tl.maximum(1 - e * own, 0.0)
-    return tl.inline_asm_elementwise(
-        "{ .reg .f32 t; neg.f32 t, $1; fma.rn.sat.f32 $0, t, $2, 0f3F800000; }", "=f,f,f", [e, own],
-        dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; neg.f32 t, $1; fma.rn.sat.f32 $0, t, $2, 0f3F800000; }", "=f,f,f", [e, own],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -107,9 +108,10 @@ def violation(s, own, e, margin, EXACT: tl.constexpr, HINGE: tl.constexpr):
     c = s + (margin - own)
     if HINGE:
         return c, tl.where(c > 0, 1.0, 0.0)
-    if EXACT:
+    elif EXACT:
         return c, 1 - tl.exp2(-LOG2E * tl.maximum(c, 0.0))
-    return c, _one_minus(e, tl.broadcast_to(tl.exp2(LOG2E * (own - margin)), s.shape))
+    else:
+        return c, _one_minus(e, tl.broadcast_to(tl.exp2(LOG2E * (own - margin)), s.shape))
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def weighed_grad(c, u, GAMMA: tl.constexpr):
     if GAMMA == 0:
         return u
     elif GAMMA == 1:
-        return u + (1 - u) * c
+        return u + (1 - u) * tl.maximum(c, 0.0)
     elif GAMMA == 2:
         t = u * u
         return t + (u - t) * (c + c)
