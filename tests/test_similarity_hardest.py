@@ -30,7 +30,7 @@ def first_of_highest(scores, same):
 
 @pytest.mark.parametrize(
     "generation, n, dtype, masked",
-    [(90, 300, BF16, False), (90, 300, FP32, True), (80, 300, FP16, True), (80, 260, FP32, False), (90, 40, FP16, True)],
+    [(90, 300, BF16, False), (90, 300, FP32, True), (80, 300, FP16, True), (80, 260, FP32, False)],
 )
 def test_finds_the_first_of_the_hardest(monkeypatch, device, generation, n, dtype, masked):
     from rsfast.similarity.kernels import hardest, prepare

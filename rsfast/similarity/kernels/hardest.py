@@ -140,7 +140,8 @@ def bwd(
     dloss: Tensor, image: Tensor, text: Tensor, slopes: Tensor, hardest: Tensor, need_image: bool, need_text: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the features, empty if not needed."""
-    return _grad(dloss, text, slopes, hardest, need_image), _grad(dloss, image, slopes.flip(0), hardest.flip(0), need_text)
+    dimage = _grad(dloss, text, slopes, hardest, need_image)
+    return dimage, _grad(dloss, image, slopes.flip(0), hardest.flip(0), need_text)
 
 
 def _grad(dloss, y, slopes, hardest, need):
