@@ -113,10 +113,10 @@ def test_contrastive_losses_pair_by_pair(image_ids, text_ids, smoothing):
         image, text, torch.tensor(6.0), image_ids=ids[0], text_ids=ids[1], label_smoothing=smoothing
     )
     assert loss.item() == pytest.approx((to_text + to_image) / 2, rel=1e-12)
-    keys = ids[0] if ids[1] is None else ids[1]
+    partners = ids[0] if ids[1] is None else ids[1]
     for by_hand, queries, keys, query_ids, key_ids in (
-        (to_text, image, text, ids[0], keys),
-        (to_image, text, image, keys, ids[0]),
+        (to_text, image, text, ids[0], partners),
+        (to_image, text, image, partners, ids[0]),
     ):
         loss = one_way_loss(
             queries, keys, torch.tensor(6.0), query_ids=query_ids, key_ids=key_ids, label_smoothing=smoothing
@@ -182,7 +182,11 @@ def test_loss_of_separated_features_is_exact(scale, dtype, device):
     assert loss.item() == pytest.approx(exact, rel=2 * eps)
     image_grad, _, scale_grad = torch.autograd.grad(loss, (image, text, exponent))
     share = others / (1 + others)
-    g = scale / 9 * (share / 8 * torch.ones(9, 9, dtype=torch.double) - share * 9 / 8 * torch.eye(9))
+    g = (
+        scale
+        / 9
+        * (share / 8 * torch.ones(9, 9, dtype=torch.double) - share * 9 / 8 * torch.eye(9, dtype=torch.double))
+    )
     rounding = 2 * eps + torch.finfo(dtype).eps
     torch.testing.assert_close(image_grad[:, :9].double().cpu(), g, rtol=rounding, atol=0)
     assert scale_grad.item() == pytest.approx(-share, rel=2 * eps)

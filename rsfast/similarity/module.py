@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rsfast._dispatch import Impl
 from rsfast.similarity import functional
+from rsfast.similarity.functional import checks
 
 
 def _gathered(rows: Tensor, rank: int, world_size: int, *, with_grad: bool = False, own_grad: bool = False) -> Tensor:
@@ -14,6 +15,8 @@ def _gathered(rows: Tensor, rank: int, world_size: int, *, with_grad: bool = Fal
     """
     from torch import distributed
 
+    if not distributed.is_initialized():
+        raise ValueError(f"torch.distributed must be initialised for a world_size of {world_size}")
     rows = rows.contiguous()
     if with_grad:
         from torch.distributed.nn.functional import all_gather
@@ -134,8 +137,8 @@ class ContrastiveLoss(_Gathering):
         def gathered(x, **grad):
             return None if x is None else _gathered(x, self.rank, self.world_size, **grad)
 
-        if text_ids is None:
-            text_ids = image_ids
+        checks.check_ids_given(image_ids, text_ids)
+        text_ids = image_ids if text_ids is None else text_ids
         grad = dict(with_grad=self.gather_with_grad, own_grad=not self.local_loss)
         all_images, all_texts = gathered(image_features, **grad), gathered(text_features, **grad)
         all_image_ids, all_text_ids = gathered(image_ids), gathered(text_ids)
@@ -154,7 +157,7 @@ class ContrastiveLoss(_Gathering):
 
 
 class SigmoidLoss(_Gathering):
-    """Drop-in for ``open_clip.SigLipLoss``: the same arguments, values and gradients.
+    """Drop-in for ``open_clip.loss.SigLipLoss``: the same arguments, values and gradients.
 
     Module form of :func:`rsfast.sigmoid_loss`. With several processes it is the loss of this process's images against
     everyone's texts, which are gathered, and every process must have as many rows; gradients reach everyone's texts.

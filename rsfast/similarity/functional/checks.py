@@ -74,6 +74,11 @@ def check_offset(offset: int, queries: Tensor, keys: Tensor) -> None:
         )
 
 
+def check_ids_given(image_ids: Tensor | None, text_ids: Tensor | None) -> None:
+    if text_ids is not None and image_ids is None:
+        raise ValueError("image_ids are needed where text_ids are given, got None")
+
+
 def prepared_ids(features: dict[str, Tensor], **ids: Tensor | None) -> list[Tensor | None]:
     """Ids as int64; ``features`` holds what they number, in the same order."""
     for (name, given), x in zip(ids.items(), features.values(), strict=True):
@@ -87,7 +92,7 @@ def prepared_ids(features: dict[str, Tensor], **ids: Tensor | None) -> list[Tens
 
 
 def prepared_number(name: str, value: Tensor, like: Tensor, *, positive: bool, check_finite: bool) -> Tensor:
-    """A learned number as a 0-dim tensor on the features' device.
+    """A learned number as a 0-dim tensor on the features' device, in the dtype of the loss.
 
     One that lives on the CPU is looked at always, for that costs nothing, but not while a graph is traced.
     """
@@ -99,12 +104,8 @@ def prepared_number(name: str, value: Tensor, like: Tensor, *, positive: bool, c
         number = value.item()
         if not math.isfinite(number) or (positive and number <= 0):
             raise ValueError(f"{name} must be {'positive and ' * positive}finite, got {number}")
-    return value.reshape(()).to(like.device, non_blocking=True)
-
-
-def check_choice(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return value.reshape(()).to(like.device, wide, non_blocking=True)
 
 
 def check_range(

@@ -66,8 +66,7 @@ def contrastive_loss(
         image_features=image_features, text_features=text_features, normalize=normalize, check_finite=check_finite
     )
     checks.check_not_alone(image_features, text_features)
-    if text_ids is not None and image_ids is None:
-        raise ValueError("image_ids are needed where text_ids are given, got None")
+    checks.check_ids_given(image_ids, text_ids)
     if len(image_features) != len(text_features) and text_ids is None:
         raise ValueError(
             f"image_ids and text_ids are needed for {len(image_features)} images and {len(text_features)} texts"
