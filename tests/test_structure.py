@@ -20,7 +20,7 @@ MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; fa
         "rsfast._tiles",
         "rsfast.{family}.reference",
         "rsfast.{family}.kernels",
-    ),  # fmt: skip
+    ),
     "functional": (
         "torch",
         "rsfast._dispatch",

@@ -78,11 +78,12 @@ def contrastive_loss(
         "logit_scale", logit_scale, image_features, positive=True, check_finite=check_finite
     )
     checks.check_range("label_smoothing", label_smoothing, 0, 1)
-    use_fused(impl, why_not_fused(image_features))
-    return reference.contrastive_loss(
-        image_features, text_features, logit_scale,
-        image_ids=image_ids, text_ids=text_ids, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    options = dict(image_ids=image_ids, text_ids=text_ids, label_smoothing=label_smoothing)
+    if use_fused(impl, why_not_fused(image_features)):
+        from rsfast.similarity import kernels
+
+        return kernels.contrastive_loss(image_features, text_features, logit_scale, **options)
+    return reference.contrastive_loss(image_features, text_features, logit_scale, **options)
 
 
 def one_way_loss(
@@ -142,13 +143,14 @@ def one_way_loss(
     query_ids, key_ids = checks.prepared_ids(dict(query=queries, key=keys), query_ids=query_ids, key_ids=key_ids)
     logit_scale = checks.prepared_number("logit_scale", logit_scale, queries, positive=True, check_finite=check_finite)
     checks.check_range("label_smoothing", label_smoothing, 0, 1)
-    use_fused(impl, why_not_fused(queries))
-    return reference.one_way_loss(
-        queries, keys, logit_scale,
-        offset=offset, query_ids=query_ids, key_ids=key_ids, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    options = dict(offset=offset, query_ids=query_ids, key_ids=key_ids, label_smoothing=label_smoothing)
+    if use_fused(impl, why_not_fused(queries)):
+        from rsfast.similarity import kernels
+
+        return kernels.one_way_loss(queries, keys, logit_scale, **options)
+    return reference.one_way_loss(queries, keys, logit_scale, **options)
 
 
 def why_not_fused(features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(features), "the contrastive loss has no kernel yet"]
+    return checks.why_not_pairs(features)

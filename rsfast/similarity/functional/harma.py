@@ -66,12 +66,14 @@ def harma_loss(
     )
     checks.check_range("margin", margin)
     checks.check_range("gamma", gamma, 0)
-    use_fused(impl, why_not_fused(image_features))
-    return reference.harma_loss(
-        image_features, text_features, logit_scale, image_ids=image_ids, margin=margin, gamma=gamma
-    )
+    options = dict(image_ids=image_ids, margin=margin, gamma=gamma)
+    if use_fused(impl, why_not_fused(image_features)):
+        from rsfast.similarity import kernels
+
+        return kernels.harma_loss(image_features, text_features, logit_scale, **options)
+    return reference.harma_loss(image_features, text_features, logit_scale, **options)
 
 
 def why_not_fused(image_features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(image_features), "HarMA's pair of losses has no kernel yet"]
+    return checks.why_not_pairs(image_features)

@@ -57,7 +57,10 @@ def sigmoid_loss(
     )
     checks.check_square(image_features, text_features)
     numbers = _numbers(logit_scale, logit_bias, image_features, check_finite)
-    use_fused(impl, why_not_fused(image_features))
+    if use_fused(impl, why_not_fused(image_features)):
+        from rsfast.similarity import kernels
+
+        return kernels.sigmoid_loss(image_features, text_features, *numbers, offset=0)
     return reference.sigmoid_loss(image_features, text_features, *numbers)
 
 
@@ -107,13 +110,16 @@ def one_way_sigmoid_loss(
     checks.check_not_alone(queries, keys)
     checks.check_offset(offset, queries, keys)
     numbers = _numbers(logit_scale, logit_bias, queries, check_finite)
-    use_fused(impl, why_not_fused(queries))
+    if use_fused(impl, why_not_fused(queries)):
+        from rsfast.similarity import kernels
+
+        return kernels.sigmoid_loss(queries, keys, *numbers, offset=offset)
     return reference.one_way_sigmoid_loss(queries, keys, *numbers, offset=offset)
 
 
 def why_not_fused(features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(features), "the sigmoid loss has no kernel yet"]
+    return checks.why_not_pairs(features)
 
 
 def _numbers(logit_scale, logit_bias, features, check_finite):

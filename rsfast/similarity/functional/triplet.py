@@ -64,8 +64,10 @@ def triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    if use_fused(impl, why_not_fused(image_features, negatives)):
-        return _fused(image_features, text_features, gamma=0.0, weight=1.0, **options)
+    if use_fused(impl, why_not_fused(image_features)):
+        from rsfast.similarity import kernels
+
+        return kernels.triplet_loss(image_features, text_features, gamma=0.0, weight=1.0, **options)
     return reference.triplet_loss(image_features, text_features, **options)
 
 
@@ -126,21 +128,16 @@ def adaptive_triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    if use_fused(impl, why_not_fused(image_features, negatives)):
-        return _fused(image_features, text_features, gamma=float(gamma), weight=0.5, **options)
+    if use_fused(impl, why_not_fused(image_features)):
+        from rsfast.similarity import kernels
+
+        return kernels.triplet_loss(image_features, text_features, gamma=gamma, weight=0.5, **options)
     return reference.adaptive_triplet_loss(image_features, text_features, gamma=gamma, **options)
 
 
-def why_not_fused(image_features: Tensor, negatives: Negatives = "all") -> list[str]:
+def why_not_fused(image_features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    waits = [] if negatives == "hardest" else ["the triplet losses of all negatives have no kernel yet"]
-    return [*checks.why_not_pairs(image_features), *waits]
-
-
-def _fused(image_features, text_features, *, negatives, **options):
-    from rsfast.similarity.kernels.hardest import hardest_triplet
-
-    return hardest_triplet(image_features, text_features, **options)
+    return checks.why_not_pairs(image_features)
 
 
 def _prepared(image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, finite):
@@ -150,11 +147,10 @@ def _prepared(image_features, text_features, margin, negatives, image_ids, text_
     )
     checks.check_square(image_features, text_features)
     checks.check_range("margin", margin)
-    if negatives not in ("all", "hardest"):
-        raise ValueError(f"negatives must be 'all' or 'hardest', got {negatives!r}")
-    checks.check_ids_given(image_ids, text_ids)
-    if mask_same_id and image_ids is None:
-        raise ValueError("image_ids are needed with mask_same_id=True, got None")
+    checks.check_choice("negatives", negatives, ("all", "hardest"))
+    if image_ids is None and (mask_same_id or text_ids is not None):
+        wanted = "with mask_same_id=True" if mask_same_id else "where text_ids are given"
+        raise ValueError(f"image_ids are needed {wanted}, got None")
     image_ids, text_ids = checks.prepared_ids(
         dict(image=image_features, text=text_features), image_ids=image_ids, text_ids=text_ids
     )

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import register
-from rsfast.similarity.kernels import pairwise, softmax
+from rsfast.similarity.kernels import hardest, pairwise, softmax
+from rsfast.similarity.reference import Negatives
 
 _OPTIONS = (
     "bool triplet, bool mask_same, float margin, float gamma, float weight, float smoothing, int offset, bool both_ways"
@@ -30,8 +31,8 @@ def _fake_softmax_bwd(
 
 
 def _fake_pairwise_fwd(
-    image, text, logit_scale, logit_bias, image_ids, text_ids, mask_same, margin, gamma, weight, need_image, need_text,
-    need_scalars,
+    image, text, logit_scale, logit_bias, image_ids, text_ids, mask_same, margin, gamma, weight, offset, need_image,
+    need_text, need_scalars,
 ):  # fmt: skip
     def number():
         return image.new_empty((), dtype=torch.float32)
@@ -58,8 +59,8 @@ _softmax_bwd = register(
 )
 _pairwise_fwd = register(
     "pairwise_loss(Tensor image, Tensor text, Tensor? logit_scale, Tensor? logit_bias, Tensor? image_ids, "
-    "Tensor? text_ids, bool mask_same, float margin, float gamma, float weight, bool need_image, bool need_text, "
-    "bool need_scalars) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? text_ids, bool mask_same, float margin, float gamma, float weight, int offset, bool need_image, "
+    "bool need_text, bool need_scalars) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     pairwise.fwd,
     _fake_pairwise_fwd,
 )
@@ -145,15 +146,17 @@ def harma_loss(
 
 
 def triplet_loss(
-    image: Tensor, text: Tensor, *, margin: float, gamma: float, weight: float, image_ids: Tensor | None,
-    text_ids: Tensor | None, mask_same_id: bool,
+    image: Tensor, text: Tensor, *, margin: float, gamma: float, weight: float, negatives: Negatives,
+    image_ids: Tensor | None, text_ids: Tensor | None, mask_same_id: bool,
 ) -> Tensor:  # fmt: skip
-    """All negatives; ``gamma`` 0 is the plain hinge."""
-    return _pairwise(image, text, None, None, image_ids, text_ids, mask_same_id, margin, gamma, weight)
+    """``gamma`` 0 is the plain hinge."""
+    if negatives == "hardest":
+        return hardest.triplet_loss(image, text, image_ids, text_ids, mask_same_id, margin, gamma, weight)
+    return _pairwise(image, text, None, None, image_ids, text_ids, mask_same_id, margin, gamma, weight, 0)
 
 
-def sigmoid_loss(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
-    return _pairwise(image, text, logit_scale, logit_bias, None, None, False, 0.0, 0.0, 1 / len(image))
+def sigmoid_loss(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, *, offset: int) -> Tensor:
+    return _pairwise(image, text, logit_scale, logit_bias, None, None, False, 0.0, 0.0, 1 / len(image), offset)
 
 
 def _pairwise(image, text, logit_scale, logit_bias, *options) -> Tensor:

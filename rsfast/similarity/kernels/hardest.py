@@ -201,13 +201,12 @@ class _HardestTriplet(torch.autograd.Function):
         return dimage if need[0] else None, dtext if need[1] else None, *[None] * (len(need) - 2)
 
 
-def hardest_triplet(
-    image: Tensor, text: Tensor, *, margin: float, gamma: float, weight: float, image_ids: Tensor | None,
-    text_ids: Tensor | None, mask_same_id: bool,
+def triplet_loss(
+    image: Tensor, text: Tensor, image_ids: Tensor | None, text_ids: Tensor | None, mask_same: bool, margin: float,
+    gamma: float, weight: float,
 ) -> Tensor:  # fmt: skip
-    """The hardest negative of each row and column; ``gamma`` 0 is the plain hinge."""
     image, text = image.contiguous(), text.contiguous()
-    ids = (image_ids, text_ids) if mask_same_id else (None, None)
+    ids = (image_ids, text_ids) if mask_same else (None, None)
     if torch.is_grad_enabled() and (image.requires_grad or text.requires_grad):
         return _HardestTriplet.apply(image, text, *ids, margin, gamma, weight)
     return _fwd(image, text, *ids, margin, gamma, weight)[0]

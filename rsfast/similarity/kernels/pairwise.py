@@ -11,14 +11,14 @@ from rsfast.similarity.kernels.second import gradients, second_pass, unit
 
 def fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor | None, logit_bias: Tensor | None, image_ids: Tensor | None,
-    text_ids: Tensor | None, mask_same: bool, margin: float, gamma: float, weight: float, need_image: bool,
-    need_text: bool, need_scalars: bool,
+    text_ids: Tensor | None, mask_same: bool, margin: float, gamma: float, weight: float, offset: int,
+    need_image: bool, need_text: bool, need_scalars: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and its gradients by features, scale and bias as far as they are needed, else empty.
 
     The sigmoid loss with a ``logit_scale``, else a triplet loss.
     """
-    batch = Batch(image, text, diagonal=True)
+    batch = Batch(image, text, diagonal=True, offset=offset)
     sigmoid, device = logit_scale is not None, batch.device
     targets, zero = (None,) * 4, torch.zeros((), device=device)
     scale = logit_scale.reshape(()).float() if sigmoid else zero
