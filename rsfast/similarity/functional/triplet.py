@@ -147,10 +147,11 @@ def _prepared(image_features, text_features, margin, negatives, image_ids, text_
     )
     checks.check_square(image_features, text_features)
     checks.check_range("margin", margin)
-    checks.check_choice("negatives", negatives, ("all", "hardest"))
-    if image_ids is None and (mask_same_id or text_ids is not None):
-        wanted = "with mask_same_id=True" if mask_same_id else "where text_ids are given"
-        raise ValueError(f"image_ids are needed {wanted}, got None")
+    if negatives not in ("all", "hardest"):
+        raise ValueError(f"negatives must be 'all' or 'hardest', got {negatives!r}")
+    checks.check_ids_given(image_ids, text_ids)
+    if mask_same_id and image_ids is None:
+        raise ValueError("image_ids are needed with mask_same_id=True, got None")
     image_ids, text_ids = checks.prepared_ids(
         dict(image=image_features, text=text_features), image_ids=image_ids, text_ids=text_ids
     )
