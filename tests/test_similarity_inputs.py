@@ -96,6 +96,8 @@ def test_the_scale_is_one_number_of_any_shape_and_dtype(name, shape, dtype):
     assert loss.dtype == torch.float32 and torch.equal(loss, one(SCALED[name](image, text)))
     (grad,) = torch.autograd.grad(loss, scale)
     assert grad.shape == shape and grad.dtype == dtype and grad != 0
+    seen = checks.prepared_number("logit_scale", scale, image, positive=True, check_finite=False)
+    assert seen.shape == () and seen.dtype == torch.float32  # by kernels, whatever was given
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
