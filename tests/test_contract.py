@@ -170,7 +170,7 @@ def test_gradients_do_not_depend_on_who_else_wants_one(case, device):
     tensors = tiny(case, device)
     y, dy, grads = run(case, case.public, tensors, impl="fused")
     grads = dict(zip(case.names, grads, strict=True))
-    for wanted in ({case.names[0]}, {*case.names[1:]}, {*case.names[1::2]}):
+    for wanted in filter(None, ({case.names[0]}, {*case.names[1:]}, {*case.names[1::2]})):
         names = [name for name in case.names if name in wanted]
         alone = run(case, case.public, tensors, dy, wanted, impl="fused")
         assert_same_bits(case, alone, (y, dy, [grads[name] for name in names]), names)
