@@ -38,7 +38,8 @@ def uniformity_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the features' dtype. Deterministic: yes. Cost: N x N memory.
+    gradients in the features' dtype. Deterministic: yes. Cost: N x N memory, fused O(N D) and half of
+    the scores.
 
     Example:
         >>> import torch, rsfast
