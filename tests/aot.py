@@ -28,7 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rsfast import _dispatch
 
 TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KB a program may use
 

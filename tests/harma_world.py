@@ -31,7 +31,8 @@ def captions(number):
 def in_memory(first=0, count=10):
     numbers = range(first, first + count)
     texts = [text for n in numbers for text in captions(n)]
-    return CaptionedImages([image(n) for n in numbers], texts, [k // 2 for k in range(2 * count)])
+    labels = [n % 3 for n in numbers]
+    return CaptionedImages([image(n) for n in numbers], texts, [k // 2 for k in range(2 * count)], labels=labels)
 
 
 def write_files(folder, count=10):
@@ -43,11 +44,11 @@ def write_files(folder, count=10):
             archive.write(folder / "images" / "a" / f"{n}.png", f"a/{n}.png")
     names = [f"a/{n}.png" for n in range(count)]
     train = [
-        {"caption": text, "image": names[n], "image_id": n, "label_name": "x", "label": 0}
+        {"caption": text, "image": names[n], "image_id": n, "label_name": f"scene {n % 3}", "label": n % 3}
         for n in range(count)
         for text in captions(n)
     ]
-    val = [{"image": names[n], "caption": captions(n), "label": 0} for n in range(count)]
+    val = [{"image": names[n], "caption": captions(n)} for n in range(count)]
     for name, content in (("train", train), ("val", val), ("model", MODEL)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

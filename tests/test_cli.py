@@ -73,6 +73,25 @@ def test_training_says_what_it_did(world, tmp_path, capsys):
     assert "samples/s, waiting for data" in captured.err
 
 
+def test_the_rest_of_the_objective(world, tmp_path, capsys):
+    weights = ("--uniformity-weight", "0.5", "--affiliation-weight", "0.25", "--drift-weight", "2", "--max-steps", "1")
+    arguments = train_arguments(world, tmp_path / "run", "--log-every-n-steps", "1", *weights)
+    assert cli.main(arguments) == 0
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    parts = [line[name] for name in ("contrastive", "triplet", "uniformity", "affiliation", "drift")]
+    weighed = sum(weight * part for weight, part in zip((1, 1, 0.5, 0.25, 2), parts, strict=True))
+    assert line["loss"] == pytest.approx(weighed, rel=1e-6)  # fp32
+    assert line["uniformity"] == pytest.approx((line["uniformity_image"] + line["uniformity_text"]) / 2, rel=1e-6)
+    assert (line["drift_image"], line["drift_text"]) == (0, 0) and 0 < line["alignment"] < 4
+    bare = str(world / "val.json")  # without labels
+    assert cli.main([*train_arguments(world, tmp_path / "x", "--train-data", bare), *weights]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        f"rsfast: affiliation_weight above 0 needs a scene label of every image, but {bare} has none"
+    )
+    assert not (tmp_path / "x").exists()
+
+
 def test_figure_has_right_wrong_and_truth(world, trained, tmp_path):
     path = tmp_path / "out.png"
     assert cli.main(eval_arguments(world, trained, "--figure", str(path))) == 0
@@ -117,6 +136,7 @@ def test_broken_images_are_listed_at_the_end(world, trained, tmp_path, capsys):
         (lambda w, r, t: train_arguments(w, t / "x", "--batch-size", "999"), "is more than the 24 captions"),
         (lambda w, r, t: train_arguments(w, t / "x", "--train-data", str(t / "no.json")), "there is no caption file"),
         (lambda w, r, t: train_arguments(w, t / "x", "--model", "RN50"), "visual"),
+        (lambda w, r, t: train_arguments(w, t / "x", "--drift-weight", "-1"), "drift_weight must be 0 or more, got -1"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(world, trained, tmp_path, capsys, make, message):
@@ -155,6 +175,8 @@ def test_help_imports_nothing_heavy():
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert "--grad-checkpointing" in done.stdout and "(default: 214)" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "near the frozen model's features (default: 0.0)" in words and "MISSING" not in words
 
 
 def test_info(capsys):

@@ -69,6 +69,30 @@ def test_image_id_groups_images(files, tmp_path):
         load_captions(tmp_path / "c.json", files / "images")
 
 
+def test_scene_labels_are_read_where_there_are_any(files, tmp_path):
+    data = load_captions(files / "train.json", files / "images")
+    assert data.labels == [n % 3 for n in range(10)]
+    data.refuse_unlabelled()
+    bare = load_captions(files / "val.json", files / "images")
+    assert bare.labels == [-1] * 10 and bare.label(3) == -1 and bare.fingerprint() != data.fingerprint()
+
+    given = [{"label": 7}, {"label_name": "port"}, {"label": None, "label_name": "port"}, {"label": ""}, {"label": "7"}]
+    sentences = [{"raw": "x"}]
+    images = [{"filename": f"a/{n}.png", "split": "test", "sentences": sentences} | row for n, row in enumerate(given)]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "c.csv").write_text(
+        "filepath,title,label\na/0.png,x,7\na/1.png,x,port\na/2.png,x,port\na/3.png,x\na/4.png,x,7\n"
+    )
+    rows = [{"image": f"a/{n}.png", "caption": "x"} | row for n, row in enumerate(given)]
+    rows += [{"image": "a/3.png", "caption": "y", "label": 7}] * 2  # it had none further up
+    (tmp_path / "h.json").write_text(json.dumps(rows))
+    for name in ("k.json", "c.csv", "h.json"):
+        data = load_captions(tmp_path / name, files / "images")
+        assert data.labels == [0, 1, 1, -1, 0]
+        with pytest.raises(ValueError, match=rf"{name} has none, or more than one, of 1 of its 5 images, .* a/3\.png"):
+            data.refuse_unlabelled()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -172,6 +196,8 @@ def test_broken_images_in_memory_say_why(tmp_path):
         ({"text_to_image": [0]}, "2 texts but 1 text_to_image"),
         ({"text_to_image": [0, 1]}, "text_to_image must be from 0 to 0"),
         ({"image_ids": [1, 2]}, "1 images but 2 image_ids"),
+        ({"labels": [1, 2]}, "1 images but 2 labels"),
+        ({"labels": ["port"]}, "labels must hold integers"),
         ({"images": ["a.png"]}, "need a store"),
     ],
 )
@@ -235,12 +261,12 @@ def test_a_broken_image_is_replaced_by_the_next_row(files, tmp_path):
     (tmp_path / "a").mkdir()
     for n in (1, 2):
         image(n).save(tmp_path / "a" / f"{n}.png")
-    rows = [{"image": f"a/{n}.png", "caption": c} for n in range(4) for c in captions(n)]
+    rows = [{"image": f"a/{n}.png", "caption": c, "label": n} for n in range(4) for c in captions(n)]
     (tmp_path / "c.json").write_text(json.dumps(rows))
     data = load_captions(tmp_path / "c.json", tmp_path)
     pairs = TrainPairs(data, eval_transform([32, 32], [0.5] * 3, [0.5] * 3), seed=0)
-    picture, text, number, broken = pairs[0, 7]  # image 3 is missing, then 0 is
-    assert (text, number) == (clean_caption(captions(1)[0]), 1)
+    picture, text, number, label, broken = pairs[0, 7]  # image 3 is missing, then 0 is
+    assert (text, number, label) == (clean_caption(captions(1)[0]), 1, data.labels[1])
     assert set(broken) == {0, 3} and "not in" in broken[3]
     assert torch.equal(picture, pairs[0, 2][0])
 

@@ -2,10 +2,7 @@
 
 import json
 import os
-import pathlib
 import signal
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -101,7 +98,8 @@ class Interrupting(CaptionedImages):
 
 def test_a_signal_ends_the_step_and_saves(tmp_path):
     data = in_memory()
-    stopped = run(tmp_path / "a", train_data=Interrupting(data.images, data.texts, data.text_to_image))
+    signalling = Interrupting(data.images, data.texts, data.text_to_image, labels=data.labels)
+    stopped = run(tmp_path / "a", train_data=signalling)
     assert (stopped.stopped, stopped.steps) == ("SIGTERM", 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     run(tmp_path / "a", resume="latest")
@@ -304,7 +302,7 @@ def test_bad_settings(tmp_path, changes, message):
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     run(tmp_path / "run", lr=1e30, max_steps=1, epochs=1)
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    with pytest.raises(ValueError, match="the loss is nan at step 2; .* checkpoint of before is kept"):
+    with pytest.raises(ValueError, match="1 / temperature is 0.0 at step 2; .* checkpoint of before is kept"):
         run(tmp_path / "run", lr=1e30, epochs=1, resume="latest")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
@@ -357,42 +355,8 @@ def test_tensorboard(tmp_path, monkeypatch):
 
     run(tmp_path / "run", report_to="tensorboard", epochs=1)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert {"train/loss", "train/lr", "val/r_mean"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/drift_text", "val/r_mean"} <= set(events.Tags()["scalars"])
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"tensorboard is not installed; pip install 'rsfast\[tensorboard\]'"):
         run(tmp_path / "other", report_to="tensorboard")
     assert run(tmp_path / "other", report_to=None, epochs=1).steps == 2
-
-
-def test_two_processes_train_as_one(tmp_path):
-    # a large eps makes Adam's step proportional to the gradient, so a wrong factor shows
-    settings = dict(epochs=1, eps=1.0, lr=1.0, max_steps=2)
-    one = run(tmp_path / "one", **settings)
-    code = (
-        "import sys; from tests.test_harma_train import config, in_memory, train, torch; torch.set_num_threads(1)\n"
-        f"train(config(sys.argv[1], batch_size=4, **{settings}), train_data=in_memory(), val_data=in_memory(),"
-        " progress=False)"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    root = pathlib.Path(__file__).parents[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "two")],
-            env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank}, cwd=root,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
-    start = models.create(MODEL, seed=3407).model.state_dict()
-    for name, p in one.model.named_parameters():
-        if not p.requires_grad:
-            continue
-        moved = (p - start[name]).abs().max() if name in start else p.abs().max()
-        # the same sums in another order, in fp32
-        assert (state["weights"][name] - p).abs().max() <= 1e-4 * moved, name
-    for ours, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)

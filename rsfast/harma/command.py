@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rsfast.harma.config import PRECISIONS, TrainConfig
 
-DEFAULT = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+DEFAULT = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(TrainConfig)}
 
 
 def add_parser(subparsers) -> None:
@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +68,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--margin", "of the adaptive triplet loss", type=float)
     add("--gamma", "of the adaptive triplet loss", type=float)
+    add("--uniformity-weight", "of spreading each modality's features out", type=float)
+    add("--affiliation-weight", "of drawing features to the centres of their scene classes; needs labels", type=float)
+    add("--drift-weight", "of staying near the frozen model's features", type=float)
     add("--bottleneck", "inner width of the adapters", type=int)
     add("--num-heads", "heads of the adapters", type=int)
     add("--share", "who owns sub-adapters: both towers together, text alone, nobody", choices=("both", "text", "none"))

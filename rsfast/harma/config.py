@@ -40,6 +40,12 @@ class TrainConfig:
             checkpoint's.
         margin: Of the adaptive triplet loss.
         gamma: Of the adaptive triplet loss.
+        uniformity_weight: Of the uniformity of images and of texts, half each, which spreads a modality's features out.
+        affiliation_weight: Of the affiliation loss, which draws a feature to the other modality's centre of its scene
+            class; the training data must name the class of every image.
+        drift_weight: Of the mean squared distance to the frozen model's features of the same inputs, images and texts
+            half each; the paper's constraint on leaving that model, as a penalty. The frozen model is this one without
+            its adapters, or for ``full`` a copy of the weights the run starts from.
         bottleneck: Of the adapters.
         num_heads: Of the adapters.
         share: As in :func:`rsfast.models.add_adapters`.
@@ -78,6 +84,9 @@ class TrainConfig:
     temperature: float | None = 0.07
     margin: float = 0.2
     gamma: float = 2.0
+    uniformity_weight: float = 0.0
+    affiliation_weight: float = 0.0
+    drift_weight: float = 0.0
     bottleneck: int = 128
     num_heads: int = 8
     share: Literal["both", "text"] | None = "both"
@@ -108,7 +117,7 @@ class TrainConfig:
         at_least = {
             "epochs": 1, "batch_size": 2, "workers": 0, "wd": 0, "gamma": 0, "bottleneck": 1, "num_heads": 1,
             "seed": 0, "max_words": 1, "save_every_steps": 1, "log_every_n_steps": 1, "max_steps": 1,
-            "eval_batch_size": 1,
+            "eval_batch_size": 1, "uniformity_weight": 0, "affiliation_weight": 0, "drift_weight": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

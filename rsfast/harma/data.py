@@ -28,6 +28,7 @@ class CaptionedImages:
         store: Needed where ``images`` are names.
         source: Named in messages.
         left_out: What of the source is not in here, and why.
+        labels: For each image its scene class, an integer, negative where it is unknown; for the affiliation loss.
 
     Raises:
         ValueError: A length or an index does not fit, or there are no captions.
@@ -47,16 +48,19 @@ class CaptionedImages:
     store: ImageStore | None = None
     source: str = "the data"
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Sequence[int] | None = None
 
     def __post_init__(self):
         if not len(self.texts):
             raise ValueError(f"{self.source} holds no captions")
-        for name in ("text_to_image", "image_ids"):
+        for name in ("text_to_image", "image_ids", "labels"):
             self._as_integers(name)
         if len(self.texts) != len(self.text_to_image):
             raise ValueError(f"{self.source}: {len(self.texts)} texts but {len(self.text_to_image)} text_to_image")
-        if self.image_ids is not None and len(self.image_ids) != len(self.images):
-            raise ValueError(f"{self.source}: {len(self.images)} images but {len(self.image_ids)} image_ids")
+        for name in ("image_ids", "labels"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.images):
+                raise ValueError(f"{self.source}: {len(self.images)} images but {len(given)} {name}")
         if not 0 <= min(self.text_to_image) <= max(self.text_to_image) < len(self.images):
             raise ValueError(f"{self.source}: text_to_image must be from 0 to {len(self.images) - 1}, one an image")
         if self.store is None and any(isinstance(image, str) for image in self.images):
@@ -88,6 +92,10 @@ class CaptionedImages:
     def image_id(self, index: int) -> int:
         return index if self.image_ids is None else self.image_ids[index]
 
+    def label(self, index: int) -> int:
+        """Scene class of image ``index``; negative where it is unknown."""
+        return -1 if self.labels is None else self.labels[index]
+
     def missing(self) -> list[str]:
         """Names that the store does not hold; cheap, nothing is decoded."""
         return [] if self.store is None else [name for name in self.images if name not in self.store]
@@ -99,10 +107,20 @@ class CaptionedImages:
         for where, why in self.left_out.items():
             raise ValueError(f"{where}: {why}")
 
+    def refuse_unlabelled(self) -> None:
+        """For the affiliation loss: refuses images whose scene class is unknown."""
+        unknown = [self.name(index) for index in range(len(self.images)) if self.label(index) < 0]
+        if unknown:
+            raise ValueError(
+                f"affiliation_weight above 0 needs a scene label of every image, but {self.source} has none, or more "
+                f"than one, of {len(unknown)} of its {len(self.images)} images, for example of {unknown[0]}"
+            )
+
     def fingerprint(self) -> str:
-        """Changes with the captions, their order and the images' names (not with the images' content)."""
-        names = list(self.images) if self.store is not None else len(self.images)
-        parts = (names, list(self.texts), list(self.text_to_image), [self.image_id(i) for i in range(len(self.images))])
+        """Changes with captions, their order, the images' names, ids and labels (not with the images' content)."""
+        names, numbers = list(self.images) if self.store is not None else len(self.images), range(len(self.images))
+        ids, labels = [self.image_id(i) for i in numbers], [self.label(i) for i in numbers]
+        parts = (names, list(self.texts), list(self.text_to_image), ids, labels)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -137,7 +155,8 @@ def load_captions(
 
     HarMA's json (a row a caption for training, a row an image with a list of captions for evaluation; either is read
     for either), Karpathy's json (``{"images": [{"filename", "split", "sentences": [{"raw"}]}]}``), and CSV or TSV with
-    a header line. Images are known by name; HarMA's ``image_id``, where given, says which images are one for the loss.
+    a header line. Images are known by name; HarMA's ``image_id``, where given, says which images are one for the loss,
+    and ``label`` or else ``label_name``, a key of a row (or a column), says of which scene class its image is.
 
     Args:
         path: ``.json``, ``.csv``, ``.tsv`` or ``.txt``.
@@ -163,8 +182,8 @@ def load_captions(
     else:
         raise ValueError(f"{path}: a caption file ends in .json, .csv, .tsv or .txt")
 
-    index, ids, numbers, texts, text_to_image, left_out = {}, [], {}, [], [], {}
-    for where, name, captions, given in rows:
+    index, ids, numbers, texts, text_to_image, left_out, labels = {}, [], {}, [], [], {}, {}
+    for where, name, captions, given, label in rows:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{where}: the image's name must be text, got {name!r}")
         cleaned = []
@@ -182,13 +201,18 @@ def load_captions(
             ids.append((numbers.setdefault(key, len(numbers)), given))
         elif ids[index[name]][1] != given:
             raise ValueError(f"{where}: image {name} has image_id {given!r}, and {ids[index[name]][1]!r} further up")
+        labels[name] = label if labels.setdefault(name, label) == label else None  # one that changes is none
         for text in filter(None, cleaned):
             texts.append(text)
             text_to_image.append(index[name])
     if not texts:
         raise ValueError(f"{path} holds no captions")
     store = images if isinstance(images, ImageStore) else ImageStore(images)
-    data = CaptionedImages(list(index), texts, text_to_image, [i for i, _ in ids], store, str(path), left_out)
+    classes: dict[str, int] = {}
+    data = CaptionedImages(
+        list(index), texts, text_to_image, [i for i, _ in ids], store, str(path), left_out,
+        [-1 if labels[name] is None else classes.setdefault(labels[name], len(classes)) for name in index],
+    )  # fmt: skip
     missing = data.missing()
     if len(missing) == len(data.images):
         raise FileNotFoundError(
@@ -197,7 +221,7 @@ def load_captions(
     return data
 
 
-Row = tuple[str, str, list[str], object]  # where it stands, image name, captions, image id or None
+Row = tuple[str, str, list[str], object, str | None]  # where it stands, image name, captions, image id, scene class
 
 
 def _json_rows(path: Path, split: str) -> Iterator[Row]:
@@ -219,7 +243,7 @@ def _harma_rows(path: Path, rows: list) -> Iterator[Row]:
         captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
         if not captions:
             raise ValueError(f"{where}: the list of captions of {row['image']} is empty")
-        yield where, row["image"], captions, row.get("image_id")
+        yield where, row["image"], captions, row.get("image_id"), _label(row)
 
 
 def _karpathy_rows(path: Path, rows: list, split: str) -> Iterator[Row]:
@@ -240,7 +264,7 @@ def _karpathy_rows(path: Path, rows: list, split: str) -> Iterator[Row]:
             _require(sentence, ("raw",), f"{where}, sentences")
         # COCO's file keeps the folder apart from the name
         name = f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]
-        yield where, name, [sentence["raw"] for sentence in row["sentences"]], None
+        yield where, name, [sentence["raw"] for sentence in row["sentences"]], None, _label(row)
     if split not in splits:
         raise ValueError(f"{path} has no split {split!r}, it has {', '.join(sorted(splits)) or 'no images'}")
 
@@ -273,9 +297,14 @@ def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None,
             short = [key for key in (img_key, caption_key) if row[key] is None]
             if short:
                 raise ValueError(f"{where}: the line is too short, it has no {' and no '.join(short)}")
-            yield where, row[img_key], [row[caption_key]], None
+            yield where, row[img_key], [row[caption_key]], None, _label(row)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _label(row: dict) -> str | None:
+    """The scene class that a row gives its image."""
+    return next((str(row[key]) for key in ("label", "label_name") if row.get(key) not in (None, "")), None)
 
 
 def _require(row, keys: tuple[str, ...], where: str) -> None:

@@ -53,7 +53,7 @@ class TrainBatches(Sampler):
 
 
 class TrainPairs(Dataset):
-    """Augmented image, caption, image id; the augmentation depends on (seed, epoch, index) alone.
+    """Augmented image, caption, image id, scene class; the augmentation depends on (seed, epoch, index) alone.
 
     A row whose image is broken is replaced by the next row whose image is not, and reported.
     """
@@ -79,22 +79,22 @@ class TrainPairs(Dataset):
                     break
                 continue
             image = seeded(self.transform, image, mixed_seed(self.seed, epoch, 1, index))
-            return image, self.data.texts[row], self.data.image_id(number), broken
-        return None, "", -1, broken
+            return image, self.data.texts[row], self.data.image_id(number), self.data.label(number), broken
+        return None, "", -1, -1, broken
 
 
 class TrainCollate:
-    """Images, tokens, image ids, and what was broken; images are None where no replacement was found."""
+    """Images, tokens, image ids, scene classes, and what was broken; images are None where none was to be had."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
     def __call__(self, items):
-        images, texts, ids, broken = zip(*items, strict=True)
+        images, texts, ids, labels, broken = zip(*items, strict=True)
         found = {number: reason for part in broken for number, reason in part.items()}
         if any(image is None for image in images):
-            return None, None, None, found
-        return torch.stack(images), self.tokenizer(list(texts)), torch.tensor(ids), found
+            return None, None, None, None, found
+        return torch.stack(images), self.tokenizer(list(texts)), torch.tensor(ids), torch.tensor(labels), found
 
 
 class EvalImages(Dataset):

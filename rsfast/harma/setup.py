@@ -70,6 +70,8 @@ def prepare(
     for data in (train_data, val_data):
         if config.strict and data is not None:
             data.refuse_left_out()
+    if config.affiliation_weight and config.method != "frozen":
+        train_data.refuse_unlabelled()
     steps = _steps_per_epoch(config, train_data, processes.world)
 
     saved = checkpoint.read_config(run) if begun else None

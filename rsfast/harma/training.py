@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rsfast import adaptive_triplet_loss, contrastive_loss
 from rsfast.harma import checkpoint
 from rsfast.harma.config import PRECISIONS, TrainConfig
 from rsfast.harma.data import CaptionedImages
@@ -22,6 +20,7 @@ from rsfast.harma.evaluation import Evaluation, evaluate
 from rsfast.harma.loading import TrainBatches, TrainCollate, TrainPairs, loader, mixed_seed
 from rsfast.harma.log import Log
 from rsfast.harma.model import image_settings
+from rsfast.harma.objective import FrozenTowers, Objective, Towers
 from rsfast.harma.optim import adamw, learning_rate
 from rsfast.harma.setup import Setup, prepare
 
@@ -64,7 +63,8 @@ def train(
 
     Source: HarMA, arXiv 2404.18253; upstream ``Retrieval.py``. Differs from upstream: the best epoch is chosen on the
     validation data, never on the test data; the same seed gives the same bits; the learnable temperature is
-    open_clip's ``logit_scale``, the logarithm of its inverse.
+    open_clip's ``logit_scale``, the logarithm of its inverse. Uniformity and drift, which the paper has and the code
+    has not, are reported; their weights, and that of the affiliation loss, make them part of the loss.
 
     Args:
         config: Settings.
@@ -89,20 +89,6 @@ def train(
         processes.close()
 
 
-class Towers(nn.Module):
-    """Both encoders as one module, so that the gradients of several processes can be averaged."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit-norm features in fp32, and 1 / temperature."""
-        image_features = F.normalize(self.model.encode_image(images).float(), dim=-1)
-        text_features = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
-        return image_features, text_features, self.model.logit_scale.float().exp()
-
-
 class Trainer:
     """The loop, and what it carries from step to step."""
 
@@ -110,12 +96,14 @@ class Trainer:
         self.config, self.setup, self.processes, self.progress = setup.config, setup, processes, progress
         self.model, self.device = setup.model, processes.device
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.towers = processes.wrap(Towers(self.model))
+        towers = Towers(self.model)
+        self.towers = processes.wrap(towers)
         self.step, self.best, self.broken = 0, None, dict(setup.left_out)
         self.signal, self.last_loss = None, None
         if not self.named:
             return
         c = self.config
+        self.frozen, self.objective = FrozenTowers(towers, c), Objective(c)  # frozen before any step, done or restored
         self.optimizer = adamw(self.model, lr=c.lr, wd=c.wd, betas=(c.beta1, c.beta2), eps=c.eps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == "fp16")
         if setup.state is not None:
@@ -153,13 +141,15 @@ class Trainer:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            losses = self._step(step, batch)
+            end_of_epoch = (step + 1) % per_epoch == 0
+            report = (step + 1) % c.log_every_n_steps == 0 or end_of_epoch
+            with _one_attention():
+                found = self._step(step, batch, report)
             rows += c.batch_size * self.processes.world
             self.step = step + 1
             bar.update()
-            end_of_epoch = self.step % per_epoch == 0
-            if self.step % c.log_every_n_steps == 0 or end_of_epoch:
-                values = {name: loss.item() for name, loss in losses.items()}
+            if report:
+                values = {name: value.item() for name, value in found.items()}
                 now = time.perf_counter()
                 speed = {"samples_per_second": rows / (now - since), "data_wait": waited / (now - since)}
                 waited, since, rows = 0.0, now, 0
@@ -187,21 +177,27 @@ class Trainer:
                 return stop
         return None
 
-    def _step(self, step: int, batch) -> dict[str, Tensor]:
-        images, tokens, ids, broken = batch
+    def _step(self, step: int, batch, report: bool) -> dict[str, Tensor]:
+        images, tokens, ids, labels, broken = batch
         self._note_broken(broken, images)
-        c = self.config
+        c, gather = self.config, self.processes.gather
+        images, tokens, ids, labels = (t.to(self.device, non_blocking=True) for t in (images, tokens, ids, labels))
+        frozen = None
+        if c.drift_weight or report:  # first, while no activations are held
+            with self._autocast():
+                frozen = self.frozen(images, tokens)
+            frozen = [gather(x) for x in frozen]
         torch.manual_seed(
             mixed_seed(c.seed, step, 2, self.processes.rank)
         )  # what a model draws does not know of resuming
-        images, tokens, ids = (t.to(self.device, non_blocking=True) for t in (images, tokens, ids))
-        with torch.autocast(self.device.type, PRECISIONS[c.precision], enabled=c.precision != "fp32"):
+        with self._autocast():
             image_features, text_features, logit_scale = self.towers(images, tokens)
-        gather = self.processes.gather
-        image_features, text_features, ids = gather(image_features), gather(text_features), gather(ids)
-        contrastive = contrastive_loss(image_features, text_features, logit_scale, image_ids=ids)
-        triplet = adaptive_triplet_loss(image_features, text_features, margin=c.margin, gamma=c.gamma)
-        loss = contrastive + triplet
+        if logit_scale.device.type == "cpu" and not 0 < logit_scale.item() < math.inf:  # where it costs nothing to look
+            raise ValueError(self._diverged(f"1 / temperature is {logit_scale.item()}", step + 1))
+        loss, found = self.objective(
+            gather(image_features), gather(text_features), logit_scale, image_ids=gather(ids),
+            labels=gather(labels) if c.affiliation_weight else None, frozen=frozen, report=report,
+        )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, lr=c.lr, warmup_steps=self.setup.warmup_steps, total_steps=c.epochs * self.setup.steps_per_epoch
@@ -210,8 +206,12 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.last_loss = loss.detach()
-        return {"loss": self.last_loss, "contrastive": contrastive.detach(), "triplet": triplet.detach()}
+        self.last_loss = found["loss"]
+        return found
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.precision
+        return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
     def _finish_epoch(self, epoch: int, log: Log) -> None:
         """Measure on the validation data; keep the weights if they are the best so far."""
@@ -272,10 +272,13 @@ class Trainer:
 
     def _check_finite(self) -> None:
         if not self.last_loss.isfinite():
-            raise ValueError(
-                f"the loss is {self.last_loss.item()} at step {self.step}; a lower lr or another precision may help. "
-                f"The checkpoint of before is kept in {self.setup.run}"
-            )
+            raise ValueError(self._diverged(f"the loss is {self.last_loss.item()}", self.step))
+
+    def _diverged(self, what: str, step: int) -> str:
+        return (
+            f"{what} at step {step}; a lower lr or another precision may help. "
+            f"The checkpoint of before is kept in {self.setup.run}"
+        )
 
     def _save(self) -> None:
         if self.processes.rank == 0:
@@ -326,6 +329,17 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _one_attention():
+    """PyTorch has other attention for inputs without gradients, which rounds otherwise: drift would not start at 0."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
-"""Gated adapters in an open_clip model: attaching, removing, saving, loading, and reading HarMA's checkpoints."""
+"""Gated adapters in an open_clip model: adding, switching off, removing, storing, and reading HarMA's checkpoints."""
 
-from rsfast.models.adapters import AdapterReport, add_adapters, remove_adapters
+from rsfast.models.adapters import AdapterReport, adapters_off, add_adapters, remove_adapters
 from rsfast.models.harma_checkpoint import HarmaReport, convert_harma_adapter, load_harma_checkpoint
 from rsfast.models.storage import load_adapters, save_adapters
 
 __all__ = [
     "AdapterReport",
     "HarmaReport",
+    "adapters_off",
     "add_adapters",
     "convert_harma_adapter",
     "load_adapters",

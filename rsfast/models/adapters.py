@@ -1,5 +1,7 @@
 """Attaching gated adapters to an open_clip model, and taking them off again."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,6 +147,53 @@ def remove_adapters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
     delattr(model, STATE)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what it computed before the adapters were added, bit for bit; nothing is copied.
+
+    Blocks and text transformer are of their own classes again, so what runs is open_clip's code. Afterwards, also after
+    an error, the adapters take part as before. ``logit_scale``, ``requires_grad`` and training mode are left alone.
+    Inside there are no gradients: a checkpointed block that recomputes later would do so with its adapter.
+
+    Args:
+        model: With adapters, not wrapped; under DDP the module that was wrapped.
+
+    Raises:
+        ValueError: The model has no adapters.
+
+    Example:
+        >>> import open_clip, torch, rsfast.models
+        >>> vision = dict(layers=2, width=32, head_width=16, patch_size=8, image_size=16)
+        >>> text = dict(layers=2, width=16, heads=2, vocab_size=50, context_length=6)
+        >>> model = open_clip.model.CLIP(8, vision, text).eval()
+        >>> tokens = torch.tensor([[1, 5, 49, 0, 0, 0]])
+        >>> with torch.no_grad():
+        ...     before = model.encode_text(tokens)
+        >>> report = rsfast.models.add_adapters(model, bottleneck=32, num_heads=4)
+        >>> with rsfast.models.adapters_off(model):
+        ...     torch.equal(model.encode_text(tokens), before)
+        True
+    """
+    towers = find_towers(model, state_of(model).config["towers"])
+    own = ORIGINAL | {PaddingAwareTransformer: Transformer}
+    adapted = [(m, type(m)) for tower in towers for m in (tower.transformer, *tower.blocks.values()) if type(m) in own]
+    checkpointing = [(tower.transformer, tower.transformer.grad_checkpointing) for tower in towers]
+    try:
+        for module, kind in adapted:
+            module.__class__ = own[kind]
+        for transformer, _ in checkpointing:
+            transformer.grad_checkpointing = False  # of no use without gradients, and upstream's custom block lacks it
+        with torch.no_grad():
+            yield
+    finally:
+        for module, kind in adapted:
+            module.__class__ = kind
+            if kind is PaddingAwareTransformer:
+                module.end_of_text.lengths = None  # measured inside, and taken by nobody
+        for transformer, before in checkpointing:
+            transformer.grad_checkpointing = before
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -16,15 +16,19 @@ def _fake_softmax_fwd(
     image, text, logit_scale, image_ids, text_ids, triplet, mask_same, margin, gamma, weight, smoothing, offset,
     both_ways,
 ):  # fmt: skip
-    def new(*shape, dtype):
+    def new(*shape, dtype=torch.float64):
         return image.new_empty(shape, dtype=dtype)
 
-    rows, columns = new(len(image), dtype=torch.float64), new(len(text) if both_ways else 0, dtype=torch.float64)
-    return new(2, dtype=torch.float32), rows, columns, new(1, dtype=torch.int32)
+    N, M = len(image), len(text)
+    blocks = -(-N // softmax.BLOCK) + (-(-M // softmax.BLOCK) if both_ways else 0)
+    losses, wide, targets = new(2, dtype=torch.float32), new(1, dtype=torch.int32), []
+    if image_ids is not None:
+        targets = [new(n, dtype=dtype) for dtype in (torch.int32, torch.float32) for n in (N, M)]
+    return losses, new(N), new(M if both_ways else 0), new(blocks, 3), wide, targets
 
 
 def _fake_softmax_bwd(
-    dlosses, image, text, logit_scale, image_ids, text_ids, rows, columns, wide, triplet, mask_same, margin, gamma,
+    dlosses, image, text, logit_scale, rows, columns, found, wide, targets, diagonal, triplet, mask_same, margin, gamma,
     weight, smoothing, offset, both_ways, need_image, need_text,
 ):  # fmt: skip
     return *_like(image, text, need_image, need_text), logit_scale.new_empty(logit_scale.shape)
@@ -46,13 +50,13 @@ def _like(image, text, need_image, need_text):
 
 _softmax_fwd = register(
     "softmax_loss_fwd(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     softmax.fwd,
     _fake_softmax_fwd,
 )
 _softmax_bwd = register(
-    "softmax_loss_bwd(Tensor dlosses, Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, "
-    f"Tensor? text_ids, Tensor rows, Tensor columns, Tensor wide, {_OPTIONS}, bool need_image, bool need_text) "
+    "softmax_loss_bwd(Tensor dlosses, Tensor image, Tensor text, Tensor logit_scale, Tensor rows, Tensor columns, "
+    f"Tensor found, Tensor wide, Tensor[] targets, bool diagonal, {_OPTIONS}, bool need_image, bool need_text) "
     "-> (Tensor, Tensor, Tensor)",
     softmax.bwd,
     _fake_softmax_bwd,
@@ -69,17 +73,18 @@ _pairwise_fwd = register(
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, image_ids, text_ids, *options):
-        losses, rows, columns, wide = _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)
-        ctx.save_for_backward(image, text, logit_scale, image_ids, text_ids, rows, columns, wide)
-        ctx.options = options
+        losses, *kept, targets = _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)
+        ctx.save_for_backward(image, text, logit_scale, *kept, *targets)
+        ctx.options = text_ids is None, *options
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlosses):
-        need = ctx.needs_input_grad
-        grads = _softmax_bwd(dlosses, *ctx.saved_tensors, *ctx.options, need[0], need[1])
-        return *_wanted(grads, need), *[None] * (2 + len(ctx.options))
+        need, saved = ctx.needs_input_grad, ctx.saved_tensors
+        grads = _softmax_bwd(dlosses, *saved[:7], list(saved[7:]), *ctx.options, need[0], need[1])
+        grads = [g if wanted else None for g, wanted in zip(grads, need[:3], strict=True)]
+        return *grads, *[None] * (len(need) - 3)
 
 
 class _Pairwise(torch.autograd.Function):
@@ -104,10 +109,6 @@ class _Pairwise(torch.autograd.Function):
             if need[i]:
                 grads[i] = grads[i].to(scalar.dtype).reshape(scalar.shape)
         return *grads, *[None] * (len(need) - 4)
-
-
-def _wanted(grads, need):
-    return [g if wanted else None for g, wanted in zip(grads, need[: len(grads)], strict=True)]
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

@@ -1,5 +1,7 @@
 """What the tiles need to know of the batch, in O(N D): operands in 16 bits, scores of the positives, norms, ids."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rsfast._dispatch import capability
 from rsfast._tiles import cast
+from rsfast.similarity.kernels.vectors import SCALARS, scalars_kernel
 
+FULL = {torch.float16: 2.0**14, torch.bfloat16: 1.0}  # size of the largest entry of G: fp16 needs its range
 PART_BITS = 14  # the largest element of an fp32 operand's high part lies just below 2^14: fp16 ends at 2^16
 ROWS = 16  # of a program
 STEP = 64  # both parts are padded to this, so that no step over the width reads from two of them
@@ -66,45 +70,57 @@ def _packed(x: Tensor, tma: bool) -> Tensor:
 
 
 class Batch:
-    """Images and texts, or queries and keys, as the tiles read them.
+    """Images and texts, or queries and keys, as the kernels read them.
 
     Attributes:
         a, b: 16-bit operands, (N, width) and (M, width).
         parts: 2 where they hold the two parts of fp32 features.
         dtype: Of the operands.
+        image, text: The features, contiguous, with rows of ``pitch`` elements.
         d: Scores of the positives, (N,) fp32, where there is a diagonal.
-        bound: No score is larger; a device scalar.
-        scale_a, scale_b: Powers of two in the operands, device scalars; None without parts.
+        norms: Largest squared norms of blocks of rows.
+        scales: Powers of two in the operands, where they have two parts.
     """
 
     def __init__(self, image: Tensor, text: Tensor, *, diagonal: bool, offset: int = 0):
-        self.image, self.text, self.diagonal, self.offset = image, text, diagonal, offset
+        self.diagonal, self.offset = diagonal, offset
         (self.N, self.D), self.M, self.device = image.shape, len(text), image.device
         self.tma = capability(self.device) >= 90
         self.parts = 2 if image.dtype == torch.float32 else 1
         self.dtype = torch.float16 if self.parts == 2 else image.dtype
-        a, b = _packed(image, self.tma), _packed(text, self.tma)
-        self.a, self.b, self.scale_a, self.scale_b, scales = a, b, None, None, None
-        self.width = a.shape[1]
+        self.a, self.b = self.image, self.text = _packed(image, self.tma), _packed(text, self.tma)
+        self.width = self.pitch = self.image.shape[1]
+        self.scales = None
         if self.parts == 2:
             largest = torch.stack([torch.linalg.vector_norm(x.flatten(), float("inf")) for x in (image, text)])
-            scales = torch.exp2((PART_BITS - 1 - largest.log2().floor()).clamp(-60, 60))
-            self.scale_a, self.scale_b = scales
+            self.scales = torch.exp2((PART_BITS - 1 - largest.log2().floor()).clamp(-60, 60))
             self.width = 2 * STEP * triton.cdiv(self.D, STEP)
-            self.a, self.b = (x.new_empty(len(x), self.width, dtype=self.dtype) for x in (a, b))
+            self.a, self.b = (image.new_empty(n, self.width, dtype=self.dtype) for n in (self.N, self.M))
         blocks = triton.cdiv(max(self.N, self.M), ROWS)
         self.d = image.new_empty(self.N if diagonal else 0, dtype=torch.float32)
-        norms = image.new_empty(blocks, 2, dtype=torch.float32)
+        self.norms = image.new_empty(blocks, 2, dtype=torch.float32)
         prepare_kernel[(blocks,)](
-            a, b, self.a, self.b, scales, self.d, norms, self.N, self.M, a.shape[1], self.width, offset,
+            self.image, self.text, self.a, self.b, self.scales, self.d, self.norms,
+            self.N, self.M, self.pitch, self.width, offset,
             DIAGONAL=diagonal, PARTS=self.parts, BLOCK_R=ROWS, BLOCK_D=STEP,
         )  # fmt: skip
-        self.bound = norms.amax(0).prod().sqrt()
-        self.to_score = 1 / (self.scale_a * self.scale_b) if self.parts == 2 else torch.ones_like(self.bound)
 
     def operand(self, x: Tensor, rows: int, step: int) -> Tensor | TensorDescriptor:
         """``x`` as a kernel reads or writes it in blocks of rows x step."""
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, step]) if self.tma else x
+
+    def scalars(
+        self, scale: Tensor | None, bias: Tensor | None = None, *, smooth: tuple[float, float] = (0.0, 0.0),
+        weight: float = 0.0, steepest: float = 0.0, shared_exp: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The call's scalars, see ``vectors.py``, and which of two kernels is right so far."""
+        scalars = torch.empty(SCALARS, device=self.device)
+        wide = torch.empty(1, dtype=torch.int32, device=self.device)
+        scalars_kernel[(1,)](
+            scalars, wide, self.norms, len(self.norms), self.scales, scale, bias, math.log2(max(self.N, self.M)),
+            *smooth, weight, steepest, FULL=FULL[self.dtype], PARTS=self.parts, SHARED_EXP=shared_exp, BLOCK=1024,
+        )  # fmt: skip
+        return scalars, wide
 
 
 def matches(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +130,7 @@ def matches(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor
     met = torch.searchsorted(sorted_ids, image_ids, right=True) - first
     ids_a = torch.where(met > 0, first, -1).int()
     if text_ids is image_ids:
-        return ids_a, ids_a, met, met
+        return ids_a, ids_a.clone(), met, met  # outputs of an operator may not share memory
     ids_b = torch.searchsorted(sorted_ids, text_ids).int()
     sorted_ids, _ = image_ids.sort()
     met_b = torch.searchsorted(sorted_ids, text_ids, right=True) - torch.searchsorted(sorted_ids, text_ids)
