@@ -110,14 +110,21 @@ def test_some_have_no_negative(device):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0])
-def test_weights_and_slopes(gamma):
-    from rsfast.similarity.kernels.hardest import _weighed
+def test_weights_and_slopes(device, gamma):
+    """The last text is the hardest of each image but its own, by nothing, next to nothing, little and much."""
+    from rsfast.similarity.kernels.hardest import fwd
 
-    c = torch.tensor([0.0, 1e-30, 1e-6, 0.2, 1.0, 30.0], dtype=torch.float64, requires_grad=True)
-    losses, slopes = _weighed(c.detach(), gamma)
-    gold = ((-torch.expm1(-c)).where(c > 0, 1) ** gamma * c.relu()).sum()
-    torch.testing.assert_close(losses.sum(), gold.detach(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(slopes.double(), torch.autograd.grad(gold, c)[0], rtol=1e-14, atol=0)
+    c = torch.tensor([0.0, 2**-20, 2**-10, 0.25, 1.0, 30.0], dtype=torch.float64, requires_grad=True)
+    gold = ((-torch.expm1(-c)).where(c > 0, 1) ** gamma * c.relu() / 2).sum()
+    (slope,) = torch.autograd.grad(gold, c)
+
+    image, text = torch.zeros(2, 7, 3, device=device)
+    image[:6, 0], image[6, 0], text[6, 0] = c.detach(), 100, 1
+    loss, slopes, hardest = fwd(image, text, None, None, 0.0, gamma, 0.5)
+    exactly = dict(rtol=4 * torch.finfo(FP32).eps, atol=0, check_dtype=False, check_device=False)
+    torch.testing.assert_close(loss, gold.detach(), **exactly)
+    torch.testing.assert_close(slopes[0, :6], slope, **exactly)
+    assert hardest[0].tolist() == [7, 6, 6, 6, 6, 6, 7] and not slopes[0, 6] and not slopes[1].any()
 
 
 def test_nan_is_not_hidden(device):

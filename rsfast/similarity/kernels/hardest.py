@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast._dispatch import capability, register
-from rsfast._tiles import cast
+from rsfast._tiles import LOG2E, cast
 from rsfast.similarity.kernels.plan import Tiles
 from rsfast.similarity.kernels.prepare import Batch, matches
-from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores
+from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores, weighed, weighed_grad
 
-LAST = 2**31 - 1
-_LAST = tl.constexpr(LAST)
+_LAST = tl.constexpr(2**31 - 1)
+BLOCK = 256  # rows or columns of a program that looks at the violations
 
 
 @triton.jit
@@ -60,6 +60,30 @@ def hardest_kernel(
             top = tl.max(x, 0)
             first = tl.min(tl.where(x == top[None, :], rows[:, None], _LAST), 0)
             tl.atomic_max(column_keys_ptr + columns, _key(top, first), mask=columns < n, sem="relaxed")
+
+
+@triton.jit
+def violations_kernel(
+    keys_ptr, d_ptr, scales_ptr, slopes_ptr, hardest_ptr, losses_ptr, n, margin, weight,
+    GAMMA: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the keys of rows, then of columns, say: slopes, hardest negatives, and of each block the loss."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < 2 * n
+    keys = tl.load(keys_ptr + at, mask=mask, other=0)
+    bits = (keys >> 32).to(tl.int32)
+    score = (bits ^ ((bits >> 31) & _LAST)).to(tl.float32, bitcast=True).to(tl.float64)
+    if PARTS == 2:
+        score /= tl.load(scales_ptr).to(tl.float64) * tl.load(scales_ptr + 1)
+    c = score + (margin - tl.load(d_ptr + at % n, mask=mask, other=0.0).to(tl.float64))
+    c = tl.where(c < 0, 0.0, c)  # NaN stays
+    u = 1 - tl.exp2(-LOG2E * c)  # in float64, else a small one would be lost
+    if GAMMA == 0:
+        u = tl.where(c > 0, 1.0, 0.0).to(tl.float64)
+    loss, slope = tl.where(c == c, weighed(c, u, GAMMA), c), weight * weighed_grad(c, u, GAMMA)
+    tl.store(slopes_ptr + at, slope, mask=mask)
+    tl.store(hardest_ptr + at, tl.where(slope > 0, ((keys & _LAST) ^ _LAST).to(tl.int32), n), mask=mask)
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(tl.where(mask, weight * loss, 0.0), 0))
 
 
 @triton.jit
@@ -118,41 +142,33 @@ def fwd(
         batch.operand(batch.a, plan.BLOCK_M, plan.BLOCK_K), batch.operand(batch.b, plan.BLOCK_N, plan.BLOCK_K),
         *ids, *keys, batch.N, batch.width, MASK_SAME=masked, PARTS=batch.parts, TMA=batch.tma, **plan.options(),
     )  # fmt: skip
-    bits = (keys >> 32).int()
-    highest = (bits ^ ((bits >> 31) & LAST)).view(torch.float32)
-    violation = (margin + highest * batch.to_score - batch.d).relu()
-    losses, slopes = _weighed(violation, gamma)
-    hardest = torch.where(slopes > 0, LAST - (keys & LAST), batch.N)
-    return weight * losses.sum(), weight * slopes, hardest.int()
-
-
-def _weighed(c: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """(1 - e^-c)^gamma c and its derivative, 0 where c is 0."""
-    if gamma == 0:
-        return c, (c > 0).float()
-    u = -torch.expm1(-c)
-    power = u**gamma
-    slopes = power + gamma * c * (1 - u) * u ** (gamma - 1)
-    return power * c, slopes.masked_fill(c == 0, 0)
+    slopes = image.new_empty(2, batch.N, dtype=torch.float32)
+    hardest = image.new_empty(2, batch.N, dtype=torch.int32)
+    losses = image.new_empty(triton.cdiv(2 * batch.N, BLOCK), dtype=torch.float64)
+    violations_kernel[(len(losses),)](
+        keys, batch.d, batch.scales, slopes, hardest, losses, batch.N, margin, weight,
+        GAMMA=gamma, PARTS=batch.parts, BLOCK=BLOCK,
+    )  # fmt: skip
+    return losses.sum().float(), slopes, hardest
 
 
 def bwd(
     dloss: Tensor, image: Tensor, text: Tensor, slopes: Tensor, hardest: Tensor, need_image: bool, need_text: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the features, empty if not needed."""
-    dimage = _grad(dloss, text, slopes, hardest, need_image)
-    return dimage, _grad(dloss, image, slopes.flip(0), hardest.flip(0), need_text)
+    dimage = _grad(dloss, text, *slopes, *hardest, need_image)
+    return dimage, _grad(dloss, image, *slopes.flip(0), *hardest.flip(0), need_text)
 
 
-def _grad(dloss, y, slopes, hardest, need):
+def _grad(dloss, y, slope, other_slope, hardest, other_hardest, need):
     N, D = y.shape
     dx = y.new_empty(N if need else 0, D)
     if need:
-        ordered, order = hardest[1].sort(stable=True)
+        ordered, order = other_hardest.sort(stable=True)
         starts = torch.searchsorted(ordered, torch.arange(N + 1, dtype=torch.int32, device=y.device), out_int32=True)
         block_d = min(512, max(16, triton.next_power_of_2(D)))
         hardest_grad_kernel[N, triton.cdiv(D, block_d)](
-            y, dx, dloss, slopes[0], hardest[0], slopes[1], order, starts, N, D,
+            y, dx, dloss, slope, hardest, other_slope, order, starts, N, D,
             BLOCK_S=16, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return dx

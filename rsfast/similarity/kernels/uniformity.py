@@ -6,14 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from rsfast._dispatch import register
-from rsfast.similarity.kernels.first import LN2, LOWEST, first_pass, shift
+from rsfast.similarity.kernels.first import first_pass
 from rsfast.similarity.kernels.plan import BLOCK_ROWS
-from rsfast.similarity.kernels.prepare import Batch
-from rsfast.similarity.kernels.second import finish, second_pass, unit
+from rsfast.similarity.kernels.prepare import FULL, Batch
+from rsfast.similarity.kernels.second import second_pass
+from rsfast.similarity.kernels.vectors import sums_kernel
 
 BAND = BLOCK_ROWS  # rows of S at once
+BLOCK = 128  # rows of a program that sums up
+LN2 = math.log(2)
+LOST = 2.0**-102  # below N^2 times this, exponentials that were flushed to zero would be seen in the sum of all pairs
 OPTIONS = dict(softmax=True, triplet=False, sigmoid=False, smooth=False, mask_same=False, margin=0.0, gamma=0.0)
 NO_IDS = (None,) * 4
 
@@ -30,55 +35,57 @@ def _blocks(batch: Batch) -> Iterator[tuple[slice, slice, Batch]]:
                 yield rows, columns, part
 
 
-def _scalars(batch: Batch, t: float) -> tuple[Tensor, Tensor]:
-    """What the passes read, and the constant in the exponent."""
-    scale, zero = torch.full_like(batch.bound, 2 * t), torch.zeros_like(batch.bound)
-    constant = shift(batch, scale)
-    return torch.stack([scale / LN2 * batch.to_score, constant, batch.to_score, zero, zero, zero]), constant
-
-
-def _log_sum(batch: Batch, scalars: Tensor, wide: Tensor, exact: bool) -> Tensor:
-    """log2 of the sum over all pairs, those right of the squares counted twice; without ``exact`` before the shift."""
-    sums = []
-    for _, _, part in _blocks(batch):
-        rows, _, _ = first_pass(part, scalars, wide, NO_IDS, columns=False, exact=exact, **OPTIONS)
-        rows, times = rows.double(), 1 if part.diagonal else 2
-        sums.append(rows * LN2 + math.log(times) if exact else rows * times)
-    return torch.cat(sums).logsumexp(0) / LN2 if exact else torch.cat(sums).sum().log2()
+def _prepared(features: Tensor, t: float) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """Batch, logit scale, and what the passes read."""
+    batch = Batch(features, features, diagonal=True)
+    scale = torch.full((), 2 * t, device=batch.device)
+    return batch, scale, *batch.scalars(scale)
 
 
 def fwd(features: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, log2 of the sum over all pairs, and which kernel was right."""
-    N, batch = len(features), Batch(features, features, diagonal=True)
-    scalars, constant = _scalars(batch, t)
-    log_sum = _log_sum(batch, scalars, torch.zeros(1, dtype=torch.int32, device=batch.device), False)
-    wide = (log_sum < LOWEST + 24 + 2 * math.log2(N)).int().reshape(1)  # flushed terms would be seen in fp32
-    exact = _log_sum(batch, scalars, wide, True)
-    log_sum = torch.where(wide[0] > 0, exact, log_sum + constant)
-    return (LN2 * log_sum - math.log(N * (N - 1)) - 2 * t).float(), log_sum, wide
+    batch, scale, scalars, wide = _prepared(features, t)
+    N, parts = batch.N, list(_blocks(batch))
+    logs = torch.empty(sum(part.N for *_, part in parts), dtype=torch.float64, device=batch.device)
+    times = torch.cat([torch.full((part.N,), 1.0 if part.diagonal else 2.0, device=batch.device) for *_, part in parts])
+    found = torch.empty(cdiv(min(BAND, N), BLOCK), 3, dtype=torch.float64, device=batch.device)
+    flag = wide
+    for exact in (False, True):
+        start = 0
+        for *_, part in parts:
+            rows, _, _ = first_pass(part, scalars, flag, NO_IDS, columns=False, exact=exact, **OPTIONS)
+            sums_kernel[(cdiv(part.N, BLOCK),)](
+                rows, logs[start:], found, scalars, flag, scale, None, None, len(rows), part.N, 0.0, 0.0, 0.0,
+                DIAGONAL=False, EXACT=exact, BLOCK=BLOCK, BLOCK_T=16,
+            )  # fmt: skip
+            start += part.N
+        log_sum = (logs * LN2 + times.log()).logsumexp(0) / LN2
+        if not exact:
+            flag = (log_sum - scalars[1] < math.log2(LOST * N * N)).int().reshape(1)
+    return (LN2 * log_sum - math.log(N * (N - 1)) - 2 * t).float(), log_sum, flag
 
 
 def bwd(dloss: Tensor, features: Tensor, log_sum: Tensor, wide: Tensor, t: float) -> Tensor:
     """Gradient of the features: 2 G X, as S and G are symmetric."""
-    batch = Batch(features, features, diagonal=True)
-    scalars, constant = _scalars(batch, t)
+    batch, _, scalars, _ = _prepared(features, t)
     steep = 4 * t * dloss.double()
-    largest = torch.exp2(2 * t / LN2 * batch.bound - log_sum).clamp(max=0.5)  # share of one pair, which counts twice
-    one = unit(batch, (steep.abs() * largest).float())
+    highest = 2 * t / LN2 * batch.norms.amax()
+    largest = torch.exp2(highest - log_sum).clamp(max=0.5)  # share of one pair, which counts twice
+    bound = (steep.abs() * largest).float()
+    one = torch.where(bound > 0, bound.log2().ceil().exp2(), 1.0) / FULL[batch.dtype]
     whole = log_sum.floor()  # exact in fp32; the rest of the logarithm is in the factor
-    factor = steep / one / 2 * torch.exp2(torch.where(wide[0] > 0, whole, constant) - log_sum)
+    factor = steep / one / 2 * torch.exp2(torch.where(wide[0] > 0, whole, scalars[1]) - log_sum)
     sums = [x.float().expand(batch.N).contiguous() for x in (whole, whole, factor, factor)]  # rows and columns: halves
     dx = torch.zeros(batch.N, batch.D, device=batch.device)
     for rows, columns, part in _blocks(batch):
         da, db, *_ = second_pass(
-            part, scalars, wide, NO_IDS, tuple(x[: max(part.N, part.M)] for x in sums),
+            part, scalars, wide, NO_IDS, tuple(x[: max(part.N, part.M)] for x in sums), either=True,
             loss=False, need_a=True, need_b=not part.diagonal, **OPTIONS,
         )  # fmt: skip
         dx[rows] += da
         if not part.diagonal:
             dx[columns] += db
-    by = one if batch.parts == 1 else one / batch.scale_a
-    return finish(dx, by.float(), features.dtype, None, features)
+    return dx.mul_(one / batch.scales[0] if batch.parts == 2 else one).to(features.dtype)
 
 
 def _fake_fwd(features, t):
