@@ -1,4 +1,4 @@
-"""What is timed: every operation at its benchmark shapes, in every implementation there is."""
+"""What is timed of the adapter: every operation at its benchmark shapes, in every implementation there is."""
 
 import dataclasses
 import functools
@@ -38,8 +38,9 @@ def _captions(case: Case) -> Case:
     return dataclasses.replace(case, name=f"{case.name}_captions", pack=pack, flops=flops, large=TEXT)
 
 
-TIMED = {case.name: case for case in CASES if case.large}
+TIMED = {case.name: case for case in CASES if case.large}  # the in-batch losses too, which losses.py times
 TIMED["gated_adapter_shared_captions"] = _captions(TIMED["gated_adapter_shared"])
+ADAPTERS = {name: case for name, case in TIMED.items() if name.startswith("gated_adapter")}
 
 
 @dataclasses.dataclass
@@ -59,7 +60,8 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def _compiled(target, mode="default"):
+def compiled(target, mode="default"):
+    """``target`` compiled whole for the shapes it meets; without a GPU only traced."""
     torch.compiler.reset()  # else the limit on recompilations, which counts all shapes, sends later ones to eager
     options = {"mode": mode} if INDUCTOR == "inductor" else {}
     return torch.compile(target, fullgraph=True, dynamic=False, backend=INDUCTOR, **options)
@@ -81,18 +83,18 @@ def _harma(case: Case, tensors, prepare=lambda f: f, need_weights=True) -> Built
     return Built(lambda leaves: run(leaves[0]), [x, *module.leaves], sequence_first=True)
 
 
-_tuned = functools.partial(_compiled, mode="max-autotune-no-cudagraphs")
+_tuned = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
 OURS = {  # in the order in which they are timed: what is least known first
     "fused": functools.partial(_ours, public=True),
     "reference": _ours,
-    "reference-compiled": functools.partial(_ours, prepare=_compiled),
+    "reference-compiled": functools.partial(_ours, prepare=compiled),
     "reference-tuned": functools.partial(_ours, prepare=_tuned),
 }
 PEERS = {  # of the gated adapter without lengths, which HarMA's does not know
     "harma": _harma,
     "harma-sdpa": functools.partial(_harma, need_weights=False),
-    "harma-compiled": functools.partial(_harma, prepare=_compiled),
-    "harma-sdpa-compiled": functools.partial(_harma, prepare=_compiled, need_weights=False),
+    "harma-compiled": functools.partial(_harma, prepare=compiled),
+    "harma-sdpa-compiled": functools.partial(_harma, prepare=compiled, need_weights=False),
 }
 ORDER = (
     "fused", "harma", "harma-sdpa", "reference",
@@ -110,18 +112,32 @@ def grid():
     """(case, shape, dtype, implementation) in the order in which a run that may be cut off should meet them."""
     dtype = BF16 if DEVICE == "cuda" else FP32
     for impl in ORDER:
-        for name, case in TIMED.items():
+        for name, case in ADAPTERS.items():
             if impl in implementations(case) and (DEVICE == "cuda" or impl != "reference-tuned"):
                 yield from ((name, shape, dtype, impl) for shape in _shapes(case))
     if DEVICE == "cuda":  # HarMA itself trains in fp32
         for impl in ORDER[:4]:
-            for name, case in TIMED.items():
+            for name, case in ADAPTERS.items():
                 if impl in implementations(case):
                     yield from ((name, shape, FP32, impl) for shape in _shapes(case) if shape[0] >= 256)
 
 
 def _shapes(case: Case):
     return case.large if DEVICE == "cuda" else case.small[:1]
+
+
+def short(value) -> str:
+    """A shape or a dtype as it stands in a row and in the name of a benchmark."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+def work(case: Case, shape, dtype: torch.dtype, which: str) -> dict[str, int]:
+    """Bytes and operations of an ideal kernel in one of PASSES."""
+    passes = {"forward": (False,), "backward": (True,), "forward+backward": (False, True)}[which]
+    return dict(
+        moved=sum(case.io_bytes(shape, dtype.itemsize, backward=backward) for backward in passes),
+        flops=sum(case.flops(shape, backward=backward) for backward in passes),
+    )
 
 
 @functools.cache

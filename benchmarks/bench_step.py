@@ -111,8 +111,8 @@ def bench_step(record, impl, batch):
     def step():
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             image, text, scale = called(images, texts)
-            loss = rsfast.contrastive_loss(image, text, scale) + rsfast.adaptive_triplet_loss(image, text)
-        loss.backward()
+            contrastive, triplet = rsfast.harma_loss(image, text, scale)
+        (contrastive + triplet).backward()
         optimizer.step()
         optimizer.zero_grad()
 

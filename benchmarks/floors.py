@@ -1,17 +1,26 @@
-"""Floors of the gated adapter, from the formulas of tests/cases.py: what no version can run much faster than.
+"""Floors of the gated adapter and of the in-batch losses: what no version can run much faster than.
 
 python -m benchmarks.floors            rewrite the table in benchmarks/NOTES.md
 """
 
 import pathlib
 
-from benchmarks.arms import TIMED, caption_lengths
+from benchmarks.arms import ADAPTERS, TIMED, caption_lengths
 
 NOTES = pathlib.Path(__file__).parent / "NOTES.md"
 START, END = "<!-- floors:start -->", "<!-- floors:end -->"
 # rates of an H200 in units a second: a large copy and a large bf16 product as measured on one before this library was
 # written; exponentials as 16 a clock on each of 132 multiprocessors at 1.755 GHz, which nobody has measured
 COPY, PRODUCTS, EXPONENTIALS = 4.3e12, 790e12, 16 * 132 * 1.755e9
+
+
+# of a loss, forward and backward without S in memory: products of 2 N^2 D operations; exponentials or logarithms a
+# pair. A softmax needs its sums before any gradient, so S is computed twice; a sum over pairs does not, and the hardest
+# negatives have few gradients; S of the uniformity is symmetric
+LOSSES = {
+    "contrastive_loss": (4, 2), "harma_loss_ids": (4, 4), "adaptive_triplet_loss": (3, 1),
+    "triplet_loss_hardest": (1, 0), "sigmoid_loss": (3, 2), "uniformity_loss": (1.5, 0.5),
+}  # fmt: skip
 
 
 def exponentials(name: str, shape: tuple[int, int, int]) -> int:
@@ -26,8 +35,8 @@ def table() -> list[str]:
         "| operation | shape | pass | MB | GFLOP | G exp | bytes, us | products, us | exp, us | floor, us |",
         "|---|---|---|" + "---:|" * 7,
     ]
-    for name, case in TIMED.items():
-        for shape in case.large if name.startswith("gated_adapter") else ():
+    for name, case in ADAPTERS.items():
+        for shape in case.large:
             for which, backward in (("forward", False), ("backward", True)):
                 work = (
                     case.io_bytes(shape, 2, backward=backward),
@@ -41,9 +50,25 @@ def table() -> list[str]:
     return lines
 
 
+def loss_table() -> list[str]:
+    lines = [
+        "| loss, both passes | shape | MB | products | TFLOP | G exp | bytes, ms | products, ms | exp, ms | floor |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    for name, (products, each) in LOSSES.items():
+        for n, d in TIMED[name].large:
+            moved = sum(TIMED[name].io_bytes((n, d), 2, backward=backward) for backward in (False, True))
+            work = moved, products * 2 * n * n * d, each * n * n
+            times = [1e3 * amount / rate for amount, rate in zip(work, (COPY, PRODUCTS, EXPONENTIALS), strict=True)]
+            cells = [name, f"{n}x{d}", f"{work[0] / 1e6:.0f}", f"{products:g}"]
+            cells += [f"{work[1] / 1e12:.3g}", f"{work[2] / 1e9:.3g}", *(f"{t:.3g}" for t in (*times, max(times)))]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def notes_with_table() -> str:
     before, _, rest = NOTES.read_text().partition(START)
-    return f"{before}{START}\n" + "\n".join(table()) + f"\n{END}{rest.partition(END)[2]}"
+    return f"{before}{START}\n" + "\n".join([*table(), "", *loss_table()]) + f"\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":

@@ -21,10 +21,14 @@ from benchmarks import results
 from tests.cases import BF16, CASES, FP32
 
 ROOT = pathlib.Path(__file__).parent.parent
-PARTS = ("tests", "memcheck", "racecheck", "ops", "step")  # benchmarks get the time that is left
+PARTS = ("tests", "memcheck", "racecheck", "ops", "losses", "step")  # benchmarks get the time that is left
 AT_MOST = {"tests": 240.0, "memcheck": 60.0, "racecheck": 45.0}  # seconds, so that no part eats the others
-LEFT_FOR_STEPS = 90.0
-SAMPLE = ("gated_adapter", "gated_adapter_shared", "gated_adapter_shared_lengths")
+KEPT_FOR = {"losses": 150.0, "step": 90.0}  # seconds that the benchmarks before leave, if there is so much
+SAMPLE = (
+    "gated_adapter", "gated_adapter_shared", "gated_adapter_shared_lengths",
+    "harma_loss_ids", "contrastive_loss", "triplet_loss_hardest", "sigmoid_loss",
+)  # fmt: skip
+MANY_PAIRS = (1537, 72)  # more than one launch of a loss holds, and no multiple of a tile
 
 
 def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
@@ -45,7 +49,7 @@ def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
 def sample() -> None:
     """Launch the fused kernels forward and backward at small shapes, for a sanitizer to watch."""
     for case in [c for c in CASES if c.name in SAMPLE and c.has_kernel()]:
-        for shape in case.small[:4]:
+        for shape in (*case.small[:4], *[MANY_PAIRS] * ("image_features" in case.names)):
             for dtype in (FP32, BF16):
                 leaves = [t.requires_grad_() for t in case.inputs(shape, dtype, "cuda")]
                 case.call(case.public, leaves, impl="fused").sum().backward()
@@ -57,8 +61,9 @@ def run(parts: list[str], args: argparse.Namespace, start) -> dict[str, str]:
     begun, outcomes = time.monotonic(), {}
     for part in parts:
         left = args.budget - (time.monotonic() - begun)
-        if part == "ops" and "step" in parts:
-            left -= min(LEFT_FOR_STEPS, left / 3)
+        later = [KEPT_FOR[other] for other in parts[parts.index(part) + 1 :] if other in KEPT_FOR]
+        if part not in AT_MOST:
+            left -= min(sum(later), left * len(later) / (len(later) + 1))
         seconds = min(left, AT_MOST.get(part, left))
         if part.endswith("check") and shutil.which("compute-sanitizer") is None:
             outcomes[part] = "skipped: compute-sanitizer is not installed"

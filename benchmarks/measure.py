@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -36,14 +37,14 @@ class DeviceClock:
 class Call:
     """One implementation on one set of inputs."""
 
-    function: Callable[[], Tensor]
+    function: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: Sequence[Tensor]  # what gradients are taken of
-    dy: Tensor
+    dy: Tensor | tuple[Tensor, ...]  # of each output
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
         return self.function()
 
-    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, y) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.leaves, self.dy)
 
     def both(self) -> tuple[Tensor, ...]:
@@ -69,17 +70,18 @@ def flush() -> Callable[[], None]:
 
 def event_seconds(run: Callable, setup: Callable = tuple, rounds: int = 20) -> float:
     """Median seconds between two events around ``run(*setup())``, launch gaps included."""
-    took = []
-    for _ in range(rounds + 3):
-        args = setup()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run(*args)
-        stop.record()
-        stop.synchronize()
-        took.append(start.elapsed_time(stop) / 1e3)
+    took = [_between_events(run, setup()) for _ in range(rounds + 3)]
     return statistics.median(took[3:])
+
+
+def _between_events(run: Callable, args: tuple) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run(*args)
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 def memory(call: Call, which: str) -> dict[str, int]:
@@ -94,7 +96,8 @@ def memory(call: Call, which: str) -> dict[str, int]:
             call.forward()
     else:
         y = call.forward()
-        found["saved_memory"] = torch.cuda.memory_allocated() - before - y.nbytes
+        outputs = y if isinstance(y, tuple) else (y,)
+        found["saved_memory"] = torch.cuda.memory_allocated() - before - sum(t.nbytes for t in outputs)
         call.backward(y)
     torch.cuda.synchronize()
     return found | {"peak_memory": torch.cuda.max_memory_allocated() - before}
@@ -134,11 +137,25 @@ def _eager(call: Call, which: str) -> tuple[Callable, Callable]:
     return tuple, call.both
 
 
-def measure(benchmark, clock: DeviceClock, calls: Sequence[Call], which: str) -> dict:
+def _runner(calls: Sequence[Call], which: str, graph: bool) -> tuple[Callable, Callable, int, str]:
+    """(setup, run, calls in a run, method): graphs of all calls, or the first alone where there is no graph."""
+    if graph:
+        try:
+            return *_captured(calls, which), len(calls), "graph"
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+    return *_eager(calls[0], which), 1, "events"
+
+
+def measure(
+    benchmark, clock: DeviceClock, calls: Sequence[Call], which: str, *,
+    beside: Sequence[Call] = (), graph: bool = True, hot: bool = False, rounds: int = ROUNDS, warm_ups: int = WARM_UPS,
+) -> dict:  # fmt: skip
     """Time one pass of an implementation; on a machine without a GPU run it once.
 
     ``seconds`` is device time a call: all inputs in one CUDA graph, divided, from a cold cache. ``wall_seconds`` is
-    what an eager caller waits for: one call between two events, launch gaps included. Where no graph can be
+    what an eager caller waits for: one call between two events, launch gaps included. Where no graph is or can be
     captured ``seconds`` is the latter, and ``method`` says so.
 
     Args:
@@ -146,36 +163,61 @@ def measure(benchmark, clock: DeviceClock, calls: Sequence[Call], which: str) ->
         clock: The one its marker carries.
         calls: The same implementation on several inputs; see :func:`sets_of_inputs`.
         which: One of PASSES.
+        beside: Another implementation, run before each round in the same way: ``beside_seconds`` is its median.
+        graph: False for calls so long that launches do not count, and so large that several do not fit.
+        hot: Also ``hot_seconds``, of a graph of one input again and again.
+        rounds: Timed rounds.
+        warm_ups: Rounds before them.
     """
-    setup, run = _eager(calls[0], which)
+    plain_setup, plain = _eager(calls[0], which)
     if not torch.cuda.is_available():
-        benchmark.pedantic(lambda: run(*setup()))
+        benchmark.pedantic(lambda: plain(*plain_setup()))
         return {}
     cold = flush()
     found = memory(calls[0], which)
+    setup, run, clock.calls, found["method"] = _runner(calls, which, graph)
+    if graph:
+        found["wall_seconds"] = event_seconds(plain, lambda: _then(plain_setup, cold))
+    took = []
+    if beside:
+        other_setup, other, others, method = _runner(beside, which, found["method"] == "graph")
+        beside = beside if method == found["method"] else ()
 
     def cold_setup():
-        args = setup()
-        cold()
-        return args
+        if beside:
+            took.append(_between_events(other, _then(other_setup, cold)) / others)
+        return _then(setup, cold), {}
 
-    found["wall_seconds"] = event_seconds(run, cold_setup)
-    try:
-        graph_setup, graph_run = _captured(calls, which)
-        clock.calls, found["method"] = len(calls), "graph"
+    benchmark.pedantic(run, setup=cold_setup, rounds=rounds, warmup_rounds=warm_ups)
+    if took:
+        found["beside_seconds"] = statistics.median(took[warm_ups:])
+    if hot and found["method"] == "graph":
+        again, run, count, _ = _runner([calls[0]] * len(calls), which, graph)
+        found["hot_seconds"] = event_seconds(run, lambda: again() or ()) / count
+    return found | _summary(benchmark) | {"sm_mhz": _sm_mhz()}
 
-        def cold_graph_setup():
-            graph_setup()
-            cold()
 
-        benchmark.pedantic(graph_run, setup=cold_graph_setup, rounds=ROUNDS, warmup_rounds=WARM_UPS)
-    except RuntimeError as error:
-        if "captur" not in str(error):
-            raise
-        found["method"] = "events"
-        benchmark.pedantic(run, setup=lambda: (cold_setup(), {}), rounds=ROUNDS, warmup_rounds=WARM_UPS)
+def _then(setup: Callable, cold: Callable) -> tuple:
+    """Arguments that ``setup`` makes, the cache emptied after it."""
+    args = setup() or ()
+    cold()
+    return args
+
+
+def _summary(benchmark) -> dict:
     stats = benchmark.stats.stats
-    return found | {"seconds": stats.median, "iqr_seconds": stats.iqr}
+    tenths = statistics.quantiles(stats.data, n=10, method="inclusive")
+    found = {"seconds": stats.median, "iqr_seconds": stats.iqr, "rounds": len(stats.data)}
+    return found | {"p10_seconds": tenths[0], "p90_seconds": tenths[-1]}
+
+
+def _sm_mhz() -> int | None:
+    """Clock of the multiprocessors right after a measurement; None where it cannot be asked for."""
+    ask = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(ask, check=True, capture_output=True, text=True, timeout=20).stdout.split()[0])
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
 
 
 def measure_step(benchmark, run: Callable[[], object]) -> dict:
@@ -188,8 +230,8 @@ def measure_step(benchmark, run: Callable[[], object]) -> dict:
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    stats, peak = benchmark.stats.stats, torch.cuda.max_memory_allocated()  # of everything, the model included
-    return {"seconds": stats.median, "iqr_seconds": stats.iqr, "peak_memory": peak, "method": "events"}
+    peak = torch.cuda.max_memory_allocated()  # of everything, the model included
+    return _summary(benchmark) | {"peak_memory": peak, "method": "events", "sm_mhz": _sm_mhz()}
 
 
 def facts() -> dict[str, float]:
@@ -208,3 +250,24 @@ def facts() -> dict[str, float]:
     one = torch.zeros(1, device="cuda")
     found["one_small_launch_seconds"] = event_seconds(lambda: one.add_(1))
     return found
+
+
+def gemm_seconds(n: int, d: int, chunk: int = 8192, device: str = "cuda") -> dict[str, float]:
+    """What cuBLAS takes for the four bf16 products of a loss that recomputes S = I T^T in its backward.
+
+    S in either pass; G T of ``chunk`` rows of the gradient at a time, and G^T I added to an fp32 sum. Where S is too
+    large, its products are timed a chunk at a time too.
+
+    Returns:
+        Seconds of the ``forward`` product, and of the three of the ``backward``.
+    """
+    chunk, rows = min(n, chunk), n if n <= 65536 else min(n, chunk)
+    image, text = (torch.randn(n, d, dtype=torch.bfloat16, device=device) for _ in range(2))
+    scores = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
+    part, total = torch.empty_like(image[:chunk]), torch.zeros(n, d, device=device)
+    of_scores = event_seconds(lambda: torch.mm(image[:rows], text.mT, out=scores)) * n / rows
+    g = scores[:chunk]
+    of_image = event_seconds(lambda: torch.mm(g, text, out=part)) * n / chunk
+    add = functools.partial(torch.addmm, total, g.mT, image[:chunk], out_dtype=torch.float32, out=total)
+    of_text = event_seconds(add) * n / chunk
+    return {"forward": of_scores, "backward": of_scores + of_image + of_text}

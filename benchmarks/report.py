@@ -20,8 +20,14 @@ COLUMNS = (  # left to right; an implementation not named here follows in alphab
     "reference-tuned", "rsfast", "rsfast-lengths", "rsfast-compiled", "fused",
 )  # fmt: skip
 OURS = ("rsfast", "rsfast-lengths", "rsfast-compiled", "fused")
+LOSSES_SAY = (  # above their table
+    "forward and backward. Times ours: their time over ours, run in turn. Four GEMMs: what cuBLAS took in the same "
+    "run for four bf16 products of this size, as a share of the time. Error: of the features' gradients, relative to "
+    "float64."
+)
 SHOWN = ("forward", "forward+backward", "step")  # the backward alone is in the results file
 FAMILIES = ("adapter", "lora", "similarity", "kmeans", "step")
+WRONG = 0.1  # of a gradient's norm: more than roundings explain, so another function, whose speed says nothing
 
 
 def grouped(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -63,6 +69,43 @@ def table(rows: list[dict], copy_rate: float | None) -> list[str]:
         cells.append(", ".join(sorted({row["commit"][:8] for row in group.values()})))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def loss_table(rows: list[dict]) -> list[str]:
+    """Forward and backward of each in-batch loss, one line an implementation, the fastest that is right in bold."""
+    heads = [
+        "loss, shape, dtype",
+        "implementation",
+        "ms",
+        "times ours",
+        "four GEMMs",
+        "peak memory, MB",
+        "error",
+        "commit",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * 5 + "---|"]
+    for (op, shape, dtype, _), group in grouped([r for r in rows if r["pass"] == "forward+backward"]).items():
+        right = [row["seconds"] for row in group.values() if _error(row) <= WRONG]
+        for name, row in sorted(group.items(), key=lambda item: item[1]["seconds"]):
+            seconds, error = row["seconds"], _error(row)
+            ours = row.get("beside_seconds") or (seconds if name == "fused" else None)
+            text = f"{seconds * 1e3:.3f}"
+            cells = [f"{op}, {shape}, {dtype}", f"**{name}**" if name in OURS else name]
+            cells += [f"**{text}**" if seconds == min(right, default=None) else text]
+            cells += [f"{seconds / ours:.2f}" if ours else ""]
+            cells += [f"{100 * row['gemm_seconds'] / seconds:.0f} %" if "gemm_seconds" in row else ""]
+            cells += [
+                f"{row['peak_memory'] / 1e6:.0f}",
+                f"{error:.0e}" + ", wrong" * (error > WRONG),
+                row["commit"][:8],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _error(row: dict) -> float:
+    """The largest of a row's gradients of features, as a share of the gradient's norm in float64."""
+    return max(value for name, value in row.items() if name.startswith("error_") and name.endswith("features"))
 
 
 def _rate(row: dict | None, copy_rate: float | None) -> str:
@@ -118,7 +161,10 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
         present = [f for f in FAMILIES if any(r["family"] == f for r in found["rows"])]
         for family in present + sorted({r["family"] for r in found["rows"]} - set(FAMILIES)):
             rows = [row for row in found["rows"] if row["family"] == family]
-            parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
+            if family == "similarity":
+                parts += [f"**{family}**: {LOSSES_SAY}\n", *loss_table(rows), ""]
+            else:
+                parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
         for kind, field, unit, factor in (("speed", "seconds", "ms", 1e3), ("memory", "peak_memory", "MB", 1e-6)):
             name, title = f"{path.stem}-{kind}.svg", f"{kind}, forward and backward, {found['gpu']}: shorter is better"
             plots[name] = plot(found["rows"], field, unit, factor, title)

@@ -197,11 +197,15 @@ def _loss(
         return tensors, options | each
 
     def io_bytes(shape, itemsize, backward=False):
+        # features in; backward: features in once more, their gradients out
         return sum(sizes(shape)) * shape[1] * itemsize * (2 if backward else 1)
 
     def flops(shape, backward=False):
-        # the scores 2 N M D; backward: as many again for either side's gradient
-        return 2 * sizes(shape)[0] * sizes(shape)[-1] * shape[1] * (2 if backward else 1)
+        # the scores 2 N M D, half of them where both sides are one; backward: as many again for either side's gradient
+        each = 2 * sizes(shape)[0] * sizes(shape)[-1] * shape[1]
+        if backward and options.get("negatives") == "hardest":
+            return 12 * shape[0] * shape[1]  # two rows for each of 2 N negatives and N partners
+        return (each if sides == 1 else 2 * each) if backward else each // (3 - sides)
 
     return Case(
         f"{op}{name}",
@@ -228,7 +232,10 @@ ODD, LONG, ONES, EMPTY = (2, 13, 37), (1, 77, 40), (1, 1, 1), (0, 5, 24)
 # interpreted kernels take seconds, so most rows are as narrow as the kernels allow, and head sizes get one dtype
 NARROW = dict(bottleneck=32, num_heads=2, tiny=(2, 5, 24))
 HEADS = dict(dtypes=(FP32, FP16, BF16) if torch.cuda.is_available() else (FP32,))
-EVERY, PAIRS = (FP32, FP16, BF16), ((428, 512), (4096, 512))
+EVERY = (FP32, FP16, BF16)
+# the first is the one that every implementation is timed at
+HARMA_PAIRS, PAIRS = ((32768, 512), (428, 512)), ((65536, 512), (428, 512))
+ALL_PAIRS = ((65536, 512), (32768, 512), (428, 512), (65536, 1024), (16384, 512), (4096, 512), (1048576, 512))
 MAIN = dict(dtypes=EVERY, tiny=(7, 13))
 
 CASES = [
@@ -246,20 +253,20 @@ CASES = [
     _adapter("_64x1", bottleneck=64, num_heads=1, small=(ODD,), **HEADS),
     _adapter("_256x8_shared", bottleneck=256, num_heads=8, shared=8, small=((1, 9, 37),), **HEADS),
     _adapter("_256x4", bottleneck=256, num_heads=4, small=((1, 65, 24),), **HEADS),
-    _loss("contrastive_loss", **MAIN, large=PAIRS),
-    _loss("contrastive_loss", "_ids", ids=("image_ids",), dtypes=EVERY, large=PAIRS),
+    _loss("contrastive_loss", **MAIN, large=ALL_PAIRS),
+    _loss("contrastive_loss", "_ids", ids=("image_ids",), dtypes=EVERY),
     _loss("contrastive_loss", "_rect", ids=("image_ids", "text_ids"), texts=lambda n: 2 * n + 3, tiny=(7, 13)),
     _loss("contrastive_loss", "_smooth", label_smoothing=0.1),
     _loss("one_way_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
     _loss("triplet_loss", **MAIN),
-    _loss("triplet_loss", "_hardest", negatives="hardest", tiny=(7, 13)),
-    _loss("adaptive_triplet_loss", **MAIN, large=PAIRS),
+    _loss("triplet_loss", "_hardest", negatives="hardest", tiny=(7, 13), large=PAIRS),
+    _loss("adaptive_triplet_loss", **MAIN, large=HARMA_PAIRS),
     _loss("adaptive_triplet_loss", "_masked", mask_same_id=True, ids=("image_ids",)),
     _loss("adaptive_triplet_loss", "_gamma1", gamma=1.0),
     _loss("adaptive_triplet_loss", "_hardest", negatives="hardest"),
     _loss("harma_loss", dtypes=EVERY),
-    _loss("harma_loss", "_ids", **MAIN, ids=("image_ids",)),
-    _loss("sigmoid_loss", **MAIN),
+    _loss("harma_loss", "_ids", **MAIN, ids=("image_ids",), large=HARMA_PAIRS),
+    _loss("sigmoid_loss", **MAIN, large=((65536, 768),)),
     _loss("one_way_sigmoid_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
-    _loss("uniformity_loss", **MAIN),
+    _loss("uniformity_loss", **MAIN, large=((65536, 512),)),
 ]

@@ -67,13 +67,27 @@ def plain_errors(case, tensors, dy, draws=8):
     return [max(e, key=torch.linalg.vector_norm) if e[0].numel() == 1 else e[0] for e in zip(*draws, strict=True)]
 
 
-@pytest.mark.parametrize("case, shape, dtype", GRID)
-def test_matches_the_oracle(case, shape, dtype, device):
+def plain_error(case, tensors, gold, draws=8):
+    """Error of plain PyTorch in the output; in one that is a number or two, the largest over inputs nearly the same."""
+    if gold.numel() > 2:
+        return case.call(case.public, tensors, impl="reference") - gold
+    g, several = torch.Generator().manual_seed(2), []
+    for i in range(draws):
+        noise = (torch.randn(t.shape, generator=g).to(t) * (1e-3 * (i > 0)) for t in tensors)
+        near = [t + t * change for t, change in zip(tensors, noise, strict=True)]
+        exact = case.call(case.reference, [t.double() for t in near])
+        several.append(case.call(case.public, near, impl="reference") - exact)
+    several = torch.stack(several)
+    return several.gather(0, several.abs().argmax(0, keepdim=True))[0]
+
+
+def assert_matches_the_oracle(case, shape, dtype, device):
+    """Output and every gradient, within the budget."""
     tensors = case.inputs(shape, dtype, device)
     y, dy, grads = run(case, case.public, tensors, impl="fused")
     gold, _, gold_grads = run(case, case.reference, [t.double() for t in tensors], dy)
     plain = case.call(case.public, tensors, impl="reference")
-    errors = (plain - gold, *plain_errors(case, tensors, dy))
+    errors = (plain_error(case, tensors, gold), *plain_errors(case, tensors, dy))
     names, terms, scales = ("y", *case.names), max(case.terms(shape), 1), case.scale(tensors, dy)
     for name, ours, exact, error, like in zip(
         names, (y, *grads), (gold, *gold_grads), errors, (plain, *tensors), strict=True
@@ -84,6 +98,11 @@ def test_matches_the_oracle(case, shape, dtype, device):
         assert_within_budget(
             ours.to(judged), exact, (exact + error).to(judged), terms=terms, scale=scales.get(name), name=name
         )
+
+
+@pytest.mark.parametrize("case, shape, dtype", GRID)
+def test_matches_the_oracle(case, shape, dtype, device):
+    assert_matches_the_oracle(case, shape, dtype, device)
 
 
 @each_case

@@ -88,7 +88,12 @@ class Benchmark:
             target(*args, **kwargs)
             self.rounds += [self.clock() - start] * (n >= warmup_rounds)
         median = sorted(self.rounds)[len(self.rounds) // 2]
-        self.stats = types.SimpleNamespace(stats=types.SimpleNamespace(median=median, iqr=0.0))
+        self.stats = types.SimpleNamespace(stats=types.SimpleNamespace(median=median, iqr=0.0, data=self.rounds))
+
+
+@pytest.fixture(autouse=True)
+def _clock_rate(monkeypatch):
+    monkeypatch.setattr(measure, "_sm_mhz", lambda: 1980)
 
 
 @pytest.fixture
@@ -100,13 +105,13 @@ def calls():
     return [a_call(i) for i in range(5)]
 
 
-def timed(monkeypatch, calls, which, **world):
+def timed(monkeypatch, calls, which, options=None, **world):
     world = Pretended(**world)
     monkeypatch.setattr(measure.torch, "cuda", world)
     monkeypatch.setattr(measure, "flush", lambda: lambda: world.log.append("flush"))
     clock = measure.DeviceClock()
     benchmark = Benchmark(clock)
-    return measure.measure(benchmark, clock, calls, which), world.log, benchmark
+    return measure.measure(benchmark, clock, calls, which, **(options or {})), world.log, benchmark
 
 
 @pytest.mark.parametrize("which", measure.PASSES)
@@ -158,4 +163,86 @@ def test_a_step_is_timed_between_events(monkeypatch):
     world = Pretended()
     monkeypatch.setattr(measure.torch, "cuda", world)
     found = measure.measure_step(Benchmark(measure.DeviceClock()), lambda: None)
-    assert found == {"seconds": pytest.approx(1e-3), "iqr_seconds": 0.0, "peak_memory": 700, "method": "events"}
+    assert found == {
+        "seconds": pytest.approx(1e-3), "iqr_seconds": 0.0, "p10_seconds": pytest.approx(1e-3),
+        "p90_seconds": pytest.approx(1e-3), "rounds": 20, "peak_memory": 700, "method": "events", "sm_mhz": 1980,
+    }  # fmt: skip
+
+
+def pairs(calls):
+    """The same calls with two outputs each, as of HarMA's two losses."""
+    return [
+        measure.Call(lambda c=c: (c.function(), c.leaves[0].sum()), c.leaves, (c.dy, torch.ones(()))) for c in calls
+    ]
+
+
+def test_several_losses_are_one_call(monkeypatch, calls):
+    both = pairs(calls)[1].both()
+    assert torch.equal(both[0], torch.full((4,), 3.0))  # 2 x + 1
+    found, _, _ = timed(monkeypatch, pairs(calls), "forward+backward")
+    assert found["saved_memory"] == -(4 + 1) * 4, "both outputs are left out"
+
+
+@pytest.mark.parametrize("graph", (True, False))
+@pytest.mark.parametrize("which", measure.PASSES)
+def test_ours_runs_before_every_round_of_another(monkeypatch, calls, which, graph):
+    found, log, benchmark = timed(
+        monkeypatch, calls, which, dict(beside=pairs(calls[:2]), graph=graph, rounds=7, warm_ups=2)
+    )
+    assert len(benchmark.rounds) == found["rounds"] == 7 and ("wall_seconds" in found) == graph
+    assert found["beside_seconds"] == pytest.approx(1e-3 / 2 if graph else 1e-3)
+    if not graph:
+        assert found["method"] == "events" and "captured graph 0" not in log
+    elif which == "forward":  # theirs is captured first, ours is graph 2
+        assert log[-4:] == ["flush", "replay graph 2", "flush", "replay graph 0"]
+
+
+def test_ours_is_not_compared_by_another_method(monkeypatch, calls):
+    captures = iter((True, False))
+
+    def capture(calls, which):
+        if next(captures):
+            return list, lambda: None
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(measure, "_captured", capture)
+    found, _, _ = timed(monkeypatch, calls, "forward", dict(beside=calls))
+    assert found["method"] == "graph" and "beside_seconds" not in found
+
+
+def test_a_hot_cache_is_one_input_again_and_again(monkeypatch, calls):
+    seen = []
+    captured = measure._captured
+    monkeypatch.setattr(measure, "_captured", lambda calls, which: seen.append(calls) or captured(calls, which))
+    found, log, _ = timed(monkeypatch, calls, "backward", dict(hot=True))
+    assert found["hot_seconds"] == pytest.approx(1e-3 / len(calls)) and seen == [calls, [calls[0]] * len(calls)]
+    assert log[-2:] == ["replay graph 2", "replay graph 3"], "nothing is flushed between"
+
+
+def test_the_clock_is_unknown_where_nothing_tells_it(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    assert measure._sm_mhz() is None
+
+
+def test_four_products_are_counted_in_chunks(monkeypatch):
+    made = []
+
+    def seconds(run):
+        run()
+        return 1.0
+
+    def addmm(total, a, b, *, out_dtype, out):
+        made.append((a.shape[0], b.shape[1], a.shape[1]))
+        assert out is total and total.dtype == out_dtype == torch.float32 and b.shape[0] == a.shape[1]
+
+    mm = torch.mm
+    monkeypatch.setattr(
+        measure.torch, "mm", lambda a, b, out: made.append((*out.shape, a.shape[1])) or mm(a, b, out=out)
+    )
+    monkeypatch.setattr(measure.torch, "addmm", addmm)
+    monkeypatch.setattr(measure, "event_seconds", seconds)
+    assert measure.gemm_seconds(65536, 512, device="meta") == {"forward": 1.0, "backward": 1.0 + 8 + 8}
+    assert made == [(65536, 65536, 512), (8192, 512, 65536), (65536, 512, 8192)]
+    assert measure.gemm_seconds(1 << 20, 512, device="meta") == {"forward": 128.0, "backward": 3 * 128.0}
+    assert measure.gemm_seconds(428, 512, device="meta") == {"forward": 1.0, "backward": 3.0}

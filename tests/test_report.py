@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import floors, gpu, report, results
-from benchmarks.arms import TIMED, caption_lengths, grid
+from benchmarks.arms import ADAPTERS, TIMED, caption_lengths, grid
 from benchmarks.measure import DeviceClock
+from tests.cases import CASES
 
 TOP = dict(gpu="Some GPU", driver="1", torch="2", triton="3", cuda="13", commit="a" * 40, date="2026-01-01T00:00Z")
 EMPTY = f"# A library\n{report.START}\n{report.END}\nThe end.\n"
@@ -106,6 +107,33 @@ def test_the_table_says_what_was_measured(root):
     assert any("harma_vit_b_32" in line and "**2.000**" in line for line in lines)
 
 
+def a_loss(impl, seconds, **fields):
+    row = a_row(family="similarity", op="contrastive_loss", shape="65536x512", impl=impl, seconds=seconds)
+    return row | dict(error_loss=1e-7, error_image_features=2e-3, error_text_features=3e-3, gemm_seconds=0.024) | fields
+
+
+def test_the_losses_table_has_ratios_shares_and_errors(root):
+    write(root, [
+        a_loss("fused", 0.03), a_loss("memeff", 0.09, beside_seconds=0.04),
+        a_loss("cce", 0.02, error_text_features=0.7, beside_seconds=0.03), a_loss("fused", 1.0, **{"pass": "forward"}),
+        a_loss("reference", 0.5, dtype="float32"),
+    ])  # fmt: skip
+    report.main(root, [])
+    lines = (root / "README.md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| loss, shape"))
+    cells = {
+        line.split(" | ")[1]: dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        for line in lines
+        if line.startswith("| contrastive_loss, 65536x512")
+    }
+    assert list(cells) == ["cce", "**fused**", "memeff", "reference"], "fastest first, one dtype after the other"
+    assert cells["**fused**"]["ms"] == "**30.000**" and cells["**fused**"]["times ours"] == "1.00"
+    assert cells["**fused**"]["four GEMMs"] == "80 %" and cells["memeff"]["four GEMMs"] == "27 %"
+    assert cells["memeff"]["times ours"] == "2.25", "against ours in the same rounds, not in ours' own row"
+    assert cells["cce"]["ms"] == "20.000" and cells["cce"]["error"] == "7e-01, wrong", "wrong is never the fastest"
+    assert cells["memeff"]["error"] == "3e-03" and cells["reference"]["times ours"] == ""
+
+
 def test_plots_are_well_formed_and_longest_is_slowest(root):
     write(root, [a_row(), a_row(impl="fused", seconds=0.001)])
     report.main(root, [])
@@ -144,7 +172,7 @@ def test_readme_is_what_the_results_say(capsys):
 
 def test_every_kernel_of_a_timed_case_is_timed():
     timed = {(name, impl) for name, _, _, impl in grid()}
-    assert timed >= {(name, impl) for name in TIMED for impl in ("fused", "reference", "reference-compiled")}
+    assert timed >= {(name, impl) for name in ADAPTERS for impl in ("fused", "reference", "reference-compiled")}
     assert timed >= {("gated_adapter_shared", impl) for impl in ("harma", "harma-sdpa", "harma-compiled")}
 
 
@@ -171,6 +199,10 @@ def test_notes_hold_the_floors_of_the_formulas():
     assert floors.NOTES.read_text() == floors.notes_with_table(), "run python -m benchmarks.floors"
     assert floors.exponentials("gated_adapter", (1, 50, 768)) == 800 * 50
     assert floors.exponentials("gated_adapter_shared", (1, 77, 512)) == 1848 * 77
+    assert (
+        "| contrastive_loss | 65536x512 | 403 | 4 | 17.6 | 8.59 | 0.0936 | 22.3 | 2.32 | 22.3 |" in floors.loss_table()
+    )
+    assert set(floors.LOSSES) == set(TIMED) - set(ADAPTERS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
@@ -198,12 +230,23 @@ def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options, 
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
     outcomes, calls = started(0, options)
     assert list(outcomes) == list(gpu.PARTS) and set(outcomes.values()) == {"passed"}
-    tests, memcheck, _, ops, step = (argv for argv, _ in calls)
+    tests, memcheck, _, ops, losses, step = (argv for argv, _ in calls)
     assert "tests" in tests and memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
-    assert "benchmarks/bench_ops.py" in ops and "benchmarks/bench_step.py" in step
-    for argv in (ops, step):
+    for name, argv in (("ops", ops), ("losses", losses), ("step", step)):
+        assert f"benchmarks/bench_{name}.py" in argv
         assert argv[argv.index("--commit") + 1] == "abc" and argv[argv.index("-k") + 1] == "gated"
-    assert calls[3][1] < calls[4][1] <= options.budget
+    given = [seconds for _, seconds in calls[3:]]
+    assert given == pytest.approx([300, 450, 540], abs=1), "150 s for the losses and 90 s for the steps are left"
+
+
+def test_what_little_time_there_is_is_shared(options):
+    options.budget = 120.0
+    _, calls = started(0, options, ["ops", "losses", "step"])
+    assert [seconds for _, seconds in calls] == pytest.approx([40, 60, 120], abs=1)
+
+
+def test_the_sanitizers_see_every_kind_of_kernel():
+    assert "harma_loss_ids" in gpu.SAMPLE and set(gpu.SAMPLE) <= {case.name for case in CASES}
 
 
 def test_a_gpu_run_says_what_failed_and_what_had_no_time(options, monkeypatch):

@@ -54,7 +54,9 @@ def contrastive_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Cost: N x M memory.
+    gradients in the dtype of what they belong to. Deterministic: yes. Cost, fused: 2 N M D operations forward, 6 N M D
+    backward (similarities are made again), O((N + M) D) memory, a workspace of at most 1.5 GiB; the reference keeps
+    N x M similarities several times over.
 
     Example:
         >>> import torch, rsfast

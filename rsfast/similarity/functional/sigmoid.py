@@ -44,7 +44,9 @@ def sigmoid_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the dtype of what they belong to. Deterministic: yes. Cost: N x N memory.
+    gradients in the dtype of what they belong to. Deterministic: yes. Cost, fused: 2 N N D operations without
+    gradients, 6 N N D with them, O(N D) memory, a workspace of at most 1.5 GiB; the reference keeps N x N similarities
+    several times over.
 
     Example:
         >>> import torch, rsfast

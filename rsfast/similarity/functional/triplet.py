@@ -53,7 +53,9 @@ def triplet_loss(
         NotImplementedError: ``impl="fused"``; every reason is listed.
 
     Precision: similarities in the features' dtype (in autocast's, inside an autocast region), all else in fp32;
-    gradients in the features' dtype. Deterministic: yes. Cost: N x N memory.
+    gradients in the features' dtype. Deterministic: yes. Cost, fused: 2 N N D operations for the hardest negatives or
+    without gradients, else 6 N N D, O(N D) memory, a workspace of at most 1.5 GiB; the reference keeps N x N
+    similarities several times over.
 
     Example:
         >>> import torch, rsfast

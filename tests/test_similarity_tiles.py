@@ -1,0 +1,229 @@
+"""The kernels that work through S tile by tile: what a batch of one tile does not show."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rsfast
+from rsfast.similarity import functional, reference
+from rsfast.testing import assert_within_budget
+from tests.cases import BF16, FP16, FP32
+
+plan, prepare, tiled = (pytest.importorskip(f"rsfast.similarity.kernels{name}") for name in (".plan", ".prepare", ""))
+N, D = 150, 8  # two rows of tiles, one or two columns of them
+TEMPERATURE = torch.tensor(14.0)
+
+
+@pytest.fixture(autouse=True)
+def _tiles_only(monkeypatch):
+    """However small the batch is."""
+    if hasattr(tiled, "small"):
+        monkeypatch.setattr(tiled.small, "supports", lambda *size: False)
+
+
+def drawn(n, m, dtype, device, near=0.0):
+    """Unit norms; ``near``, from 0 to 1, brings texts close to their images."""
+    g = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(k, D, generator=g) for k in (n, m))
+    k = min(n, m)
+    text[:k] += near * 30 * image[:k]
+    return [F.normalize(t, dim=1).to(device, dtype) for t in (image, text)]
+
+
+def numbers(*values, device):
+    return [torch.tensor(float(v), device=device) for v in values]
+
+
+def stacked(losses):
+    return torch.stack(losses) if isinstance(losses, tuple) else losses
+
+
+def gradients(loss, tensors, **options):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = stacked(loss(*leaves, **options))
+    weights = torch.tensor([1.3, 0.7], dtype=y.dtype, device=y.device) if y.ndim else None
+    return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+
+def judge(name, tensors, **options):
+    """The kernels' loss and gradients against the reference's in float64, by the budget."""
+    fused = gradients(getattr(functional, name), tensors, impl="fused", **options)
+    plain = getattr(reference, name)
+    gold = gradients(plain, [t.double() for t in tensors], **options)
+    eager = gradients(plain, tensors, **options)
+    for one, exact, other in zip(fused, gold, eager, strict=True):
+        if one.ndim < 2:  # numbers are right by chance now and then
+            other = exact.to(one.dtype) * (1 + torch.finfo(tensors[0].dtype).eps)
+        assert_within_budget(one, exact, other, terms=max(len(t) for t in tensors[:2]), name=name)
+    return fused
+
+
+def ids(n, device, each=2):
+    return torch.arange(n, device=device) // each
+
+
+LOSSES = {
+    "contrastive": lambda v, t, device: ("contrastive_loss", [v, t, *numbers(14, device=device)], {}),
+    "ids": lambda v, t, device: (
+        "contrastive_loss", [v, t, *numbers(14, device=device)],
+        dict(image_ids=ids(N, device), label_smoothing=0.1),
+    ),
+    "rect": lambda v, t, device: (
+        "contrastive_loss", [v[:140], t, *numbers(14, device=device)],
+        dict(image_ids=ids(140, device), text_ids=ids(N, device, 3)),
+    ),
+    "one way": lambda v, t, device: ("one_way_loss", [v[:50], t, *numbers(14, device=device)], dict(offset=70)),
+    "harma": lambda v, t, device: (
+        "harma_loss", [v, t, *numbers(14, device=device)], dict(image_ids=ids(N, device))
+    ),
+    "triplet": lambda v, t, device: ("triplet_loss", [v, t], {}),
+    "adaptive": lambda v, t, device: (
+        "adaptive_triplet_loss", [v, t], dict(gamma=1.5, mask_same_id=True, image_ids=ids(N, device)),
+    ),
+    "sigmoid": lambda v, t, device: ("sigmoid_loss", [v, t, *numbers(10, -10, device=device)], {}),
+}  # fmt: skip
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+@pytest.mark.parametrize("loss, dtype", [*itertools.product(LOSSES, (FP32, BF16)), ("harma", FP16)])
+def test_several_tiles(loss, dtype, device):
+    name, tensors, options = LOSSES[loss](*drawn(N, N, dtype, device), device)
+    judge(name, tensors, **options)
+
+
+@pytest.mark.parametrize("loss", ("harma", "sigmoid", "rect", "one way"))
+def test_several_bands_and_blocks(loss, device, monkeypatch):
+    """As a batch too large for the workspace is taken; the sums' order is the only difference."""
+    monkeypatch.setattr(plan, "WORKSPACE", 1)
+    monkeypatch.setattr(plan, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(plan, "BLOCK_COLUMNS", 40)
+    name, tensors, options = LOSSES[loss](*drawn(N, N, FP32, device), device)
+    judge(name, tensors, **options)
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16))
+@pytest.mark.parametrize("loss", ("harma", "sigmoid"))
+def test_gpus_without_descriptors(loss, dtype, device, monkeypatch):
+    for module in (plan, prepare):
+        monkeypatch.setattr(module, "capability", lambda device: 80)
+    name, tensors, options = LOSSES[loss](*drawn(N, N, dtype, device), device)
+    judge(name, tensors, **options)
+
+
+def flag(image, text, scale, **options):
+    """Whether the contrastive loss took the kernels with maxima."""
+    args = dict(triplet=False, mask_same=False, margin=0.0, gamma=0.0, weight=0.0, smoothing=0.0, offset=0) | options
+    with torch.no_grad():
+        return tiled._softmax_fwd(image, text, scale, None, None, *args.values(), True)[4].item()
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "ids", "harma"))
+def test_scores_too_far_apart_for_one_constant(loss, device):
+    """A row whose scores all lie far below the batch's largest would add up to nothing."""
+    image, text = (t.clone() for t in drawn(N, N, FP32, device))
+    image[3], image[4], text[4] = image[3] / 100, 9 * image[4], 9 * image[4]
+    name, tensors, options = LOSSES[loss](image, text, device)
+    scale = tensors[2].div_(2)
+    assert flag(image, text, scale) == 1
+    judge(name, tensors, **options)
+
+
+def test_norms_too_large_for_the_triplets_shared_exponential(device):
+    image, text = drawn(N, N, FP32, device)
+    judge("adaptive_triplet_loss", [30 * image, 30 * text])
+    judge("harma_loss", [30 * image, 30 * text, *numbers(0.1, device=device)])
+
+
+def test_usual_batches_take_the_kernels_without_maxima(device):
+    image, text = drawn(N, N, FP32, device, near=0.5)
+    assert [flag(image, text, scale) for scale in numbers(1, 14, 50, 79, device=device)] == [0] * 4
+
+
+def test_gradient_of_separated_pairs_is_not_lost_in_16_bits(device):
+    """All that is left of it, far below what fp16 and bf16 hold next to 1, is the negatives' share."""
+    for dtype in (FP32, FP16, BF16):
+        image, text = drawn(N, N, dtype, device, near=1)
+        scale = numbers(80, device=device)
+        _, gold, *_ = gradients(reference.contrastive_loss, [image.double(), text.double(), scale[0].double()])
+        _, ours, *_ = gradients(rsfast.contrastive_loss, [image, text, *scale], impl="fused")
+        assert 0 < gold.abs().max() < 1
+        error = (ours.double() - gold).norm() / gold.norm()
+        assert error < 2 * torch.finfo(dtype).eps if dtype != FP32 else error < 1e-4
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Names of the operations inside ours, as they run: outside of an operator, else PyTorch shows none of them."""
+    for name, function in (
+        ("_softmax_fwd", tiled.softmax.fwd), ("_softmax_bwd", tiled.softmax.bwd), ("_pairwise_fwd", tiled.pairwise.fwd)
+    ):  # fmt: skip
+        monkeypatch.setattr(tiled, name, function)
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    with Names():
+        yield names
+
+
+@each_loss
+def test_never_waits_for_the_gpu(loss, device, seen):
+    name, tensors, options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    seen.clear()
+    gradients(getattr(functional, name), tensors, impl="fused", **options)
+    waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal")
+    found = [name for name in seen if any(wait in name for wait in waits)]
+    assert len(seen) > 10 and len(found) == (
+        len(tensors) - 2 if device == "cpu" else 0
+    )  # numbers on the CPU are checked
+
+
+@each_loss
+def test_a_frozen_side_costs_no_product(loss, device, seen):
+    name, (image, text, *rest), options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    counts = []
+    for frozen in ((), (0,), (1,), (0, 1)):
+        leaves = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate((image, text, *rest))]
+        seen.clear()
+        y = stacked(getattr(functional, name)(*leaves, impl="fused", **options)).sum()
+        if y.requires_grad:
+            y.backward()
+        counts.append(sum("mm" in name for name in seen))
+    both, text_only, image_only, neither = counts
+    assert text_only == image_only == both // 2 > 0 and neither == 0
+
+
+def test_nothing_of_the_size_of_s_is_kept(device):
+    image, text = (t.requires_grad_() for t in drawn(N, N, BF16, device))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        sum(rsfast.harma_loss(image, text, TEMPERATURE.to(device), image_ids=ids(N, device), impl="fused"))
+    assert kept and max(kept) <= N * D
+
+
+def test_products_of_fp32_keep_22_bits(device):
+    """Raw TF32 keeps 10, bf16 parts 16."""
+    image, text = drawn(N, N, FP32, device)
+    for factor in (1e-3, 1.0, 3e3):
+        batch = prepare.Batch(factor * image, text / factor, diagonal=True)
+        high, low = (batch.a.float()[:, at : at + D] for at in (0, batch.width // 2))
+        error = (high.double() + low.double()) / batch.scales[0].double() - (factor * image).double()
+        assert error.abs().max() <= 2.0**-22 * (factor * image).abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_loss
+def test_graph_capture(loss, device):
+    name, tensors, options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    expected = gradients(getattr(functional, name), tensors, impl="fused", **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(getattr(functional, name), tensors, impl="fused", **options)
+    graph.replay()
+    assert all(torch.equal(one, two) for one, two in zip(captured, expected, strict=True))
