@@ -40,7 +40,7 @@ def affiliation_loss(
         ValueError: A shape, dtype, device or value does not fit; the message names the argument. N is at least 2.
 
     Precision: products in the features' dtype (in autocast's, inside an autocast region), and the centres rounded to
-    it; all else in fp32. Deterministic: yes. Cost: N x N memory, plain PyTorch.
+    it; all else in fp32. Deterministic: yes. Memory: N x N numbers, plain PyTorch.
 
     Example:
         >>> import torch, rsfast
