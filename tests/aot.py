@@ -2,8 +2,8 @@
 
 Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row that is benchmarked is called, forward
 and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. It is
-called at its benchmark shapes and its first small one, with two samples, since the batch changes no kernel; ``--all``
-takes the other rows too.
+called at its benchmark shapes (an adapter at its first small one too), with no larger a batch than changes kernels;
+``--all`` takes the other rows too.
 """
 
 import argparse
@@ -31,7 +31,9 @@ TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-TARGET = [90]  # what the plans are told; they have imported the function that tells them
+ENOUGH = {2: 2, 1: 1536}  # the number of samples changes no kernel; that of pairs does where one tile each is too few
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
+NOW = []  # the architectures launches were recorded for, so far
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KB a program may use
 
 
@@ -40,17 +42,19 @@ def record(cases, dtypes, target):
     launches = {}
 
     def run(self, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         values = inspect.signature(self.fn).bind(*args, **kwargs).arguments
         launch = tuple((p.name, *_kind(p, values[p.name])) for p in self.params)
         launches.setdefault((self, launch, tuple(options.items())), None)
 
     original, JITFunction.run = JITFunction.run, run
-    TARGET[0] = target
+    NOW.append(target)
+    _dispatch.capability = lambda device: NOW[-1]  # kernels' modules keep the first one that they see
     try:
         for case, dtype in itertools.product(cases, dtypes):
-            for shape in case.small if not case.large else (*case.large, case.small[0]):
-                _call(case, (min(shape[0], 2), *shape[1:]), dtype)
+            shapes = (*case.large, case.small[0]) if case.large else case.small
+            for n, *others in shapes if len(shapes[0]) == 3 else case.large or case.small[-1:]:
+                _call(case, (min(n, ENOUGH[len(others)]), *others), dtype)
     finally:
         JITFunction.run = original
     return list(launches)
@@ -117,7 +121,6 @@ def main():
     parser.add_argument("--cases", default="", help="only rows whose name contains this")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
-    _dispatch.capability = lambda device: TARGET[0]
     _dispatch.INTERPRET = True  # the operations take CPU tensors; the kernels themselves are compiled, not interpreted
     from benchmarks.arms import TIMED
     from tests.cases import CASES
@@ -132,7 +135,7 @@ def main():
     context = multiprocessing.get_context("fork")  # a launch holds functions, which do not pickle
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for result in pool.map(_compile_at, range(len(WORK))):
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result, default=str), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from rsfast._dispatch import capability
+from rsfast._tiles import INTERPRET
 
 WORKSPACE = 2**29  # bytes of a pass's partial sums
 BLOCK = 2**29  # elements of 16 bits in a block of G, both parts counted
@@ -33,8 +34,10 @@ class Tiles:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Programs that run at the same time; interpreted, two are enough to show that they divide the work."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Programs that run at the same time."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if INTERPRET.value else 132  # interpreted, two show that they divide the work; compiled, as for an H200
 
 
 def tiles(device: torch.device, rows: int, columns: int, width: int, *, large: bool) -> Tiles:
