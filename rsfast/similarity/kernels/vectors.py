@@ -25,6 +25,7 @@ from rsfast.similarity.kernels.forward import sigmoid
 
 SCALARS = 11
 HIGHEST = tl.constexpr(122.6)  # base-2 logarithm that no sum of exponentials reaches: fp32 ends at 2^128
+SPAN = tl.constexpr(100.0)  # exponents down to minus this leave sums of them exact
 LOWEST = tl.constexpr(-126.0)  # exponentials below are flushed to zero
 SHARP = tl.constexpr(60.0)  # scores above may overflow exp(-S), which the triplet's two directions share
 
@@ -68,7 +69,9 @@ def scalars_kernel(
     size = weight * tl.abs(scale)
     unit = _unit(size * steepest, FULL)
     tl.store(scalars_ptr, scale / LN2 * to_score)
-    tl.store(scalars_ptr + 1, tl.maximum(tl.abs(scale) * bound / LN2 + pairs - HIGHEST, 0.0))
+    top = tl.abs(scale) * bound / LN2
+    # the largest exponent at 0, where fp32 is finest, unless the smallest would be flushed to zero or a sum overflow
+    tl.store(scalars_ptr + 1, tl.maximum(top + pairs - HIGHEST, tl.minimum(top, SPAN - top)))
     tl.store(scalars_ptr + 2, to_score)
     tl.store(scalars_ptr + 3, bias / LN2)
     tl.store(scalars_ptr + 4, smooth_row)
