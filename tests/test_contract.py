@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 
 import pytest
 import torch
@@ -81,8 +82,11 @@ def plain_error(case, tensors, gold, draws=8):
     return several.gather(0, several.abs().argmax(0, keepdim=True))[0]
 
 
-def assert_matches_the_oracle(case, shape, dtype, device):
-    """Output and every gradient, within the budget."""
+def assert_matches_the_oracle(case, shape, dtype, device, products=0.0):
+    """Output and every gradient, within the budget.
+
+    ``products``: relative error that the promised precision of products makes in a gradient.
+    """
     tensors = case.inputs(shape, dtype, device)
     y, dy, grads = run(case, case.public, tensors, impl="fused")
     gold, _, gold_grads = run(case, case.reference, [t.double() for t in tensors], dy)
@@ -95,9 +99,10 @@ def assert_matches_the_oracle(case, shape, dtype, device):
         assert ours.dtype == like.dtype, name
         # fp32 parameters beside a 16-bit input have 16-bit products; the output is in the precision that it promises
         judged = like.dtype if name == "y" else dtype
-        assert_within_budget(
-            ours.to(judged), exact, (exact + error).to(judged), terms=terms, scale=scales.get(name), name=name
-        )
+        scale = scales.get(name)
+        if products and name != "y" and scale is None:
+            scale = exact.abs().max().item() * (1 + products / (1 + math.sqrt(terms)) / torch.finfo(FP32).eps)
+        assert_within_budget(ours.to(judged), exact, (exact + error).to(judged), terms=terms, scale=scale, name=name)
 
 
 @pytest.mark.parametrize("case, shape, dtype", GRID)
@@ -189,7 +194,7 @@ def test_gradients_do_not_depend_on_who_else_wants_one(case, device):
     tensors = tiny(case, device)
     y, dy, grads = run(case, case.public, tensors, impl="fused")
     grads = dict(zip(case.names, grads, strict=True))
-    for wanted in ({case.names[0]}, {*case.names[1:]}, {*case.names[1::2]}):
+    for wanted in filter(None, ({case.names[0]}, {*case.names[1:]}, {*case.names[1::2]})):
         names = [name for name in case.names if name in wanted]
         alone = run(case, case.public, tensors, dy, wanted, impl="fused")
         assert_same_bits(case, alone, (y, dy, [grads[name] for name in names]), names)

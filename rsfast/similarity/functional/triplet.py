@@ -66,7 +66,7 @@ def triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    if use_fused(impl, why_not_fused(image_features, negatives)):
+    if use_fused(impl, why_not_fused(image_features)):
         from rsfast.similarity import kernels
 
         return kernels.triplet_loss(image_features, text_features, gamma=0.0, weight=1.0, **options)
@@ -130,17 +130,16 @@ def adaptive_triplet_loss(
     image_features, text_features, options = _prepared(
         image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, check_finite
     )
-    if use_fused(impl, why_not_fused(image_features, negatives)):
+    if use_fused(impl, why_not_fused(image_features)):
         from rsfast.similarity import kernels
 
         return kernels.triplet_loss(image_features, text_features, gamma=gamma, weight=0.5, **options)
     return reference.adaptive_triplet_loss(image_features, text_features, gamma=gamma, **options)
 
 
-def why_not_fused(image_features: Tensor, negatives: Negatives = "all") -> list[str]:
+def why_not_fused(image_features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    waiting = ["the hardest negatives have no kernel yet"] if negatives == "hardest" else []
-    return [*checks.why_not_pairs(image_features), *waiting]
+    return checks.why_not_pairs(image_features)
 
 
 def _prepared(image_features, text_features, margin, negatives, image_ids, text_ids, mask_same_id, normalize, finite):

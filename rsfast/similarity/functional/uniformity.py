@@ -49,7 +49,10 @@ def uniformity_loss(
     (features,) = checks.prepared(features=features, normalize=normalize, check_finite=check_finite)
     checks.check_not_alone(features, features)
     checks.check_range("t", t, 0, above=True)
-    use_fused(impl, why_not_fused(features))
+    if use_fused(impl, why_not_fused(features)):
+        from rsfast.similarity.kernels.uniformity import uniformity_loss as fused
+
+        return fused(features, t=t)
     return reference.uniformity_loss(features, t=t)
 
 
@@ -94,4 +97,4 @@ def alignment_loss(
 
 def why_not_fused(features: Tensor) -> list[str]:
     """Reasons a fused kernel cannot take these inputs."""
-    return [*checks.why_not_pairs(features), "the uniformity loss has no kernel yet"]
+    return checks.why_not_pairs(features)

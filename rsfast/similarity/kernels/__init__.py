@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import register
-from rsfast.similarity.kernels import pairwise, small, softmax
+from rsfast.similarity.kernels import hardest, pairwise, small, softmax
 from rsfast.similarity.kernels.plan import multiprocessors
 from rsfast.similarity.reference import Negatives
 
@@ -213,6 +213,8 @@ def triplet_loss(
     image_ids: Tensor | None, text_ids: Tensor | None, mask_same_id: bool,
 ) -> Tensor:  # fmt: skip
     """``weight`` times the sum; ``gamma`` 0 is the plain hinge."""
+    if negatives == "hardest":
+        return hardest.triplet_loss(image, text, image_ids, text_ids, mask_same_id, margin, gamma, weight)
     if text_ids is None and weight in (0.5, 1) and _fits_one_launch(image, text):
         adaptive = weight == 0.5
         return _small(image, text, None, image_ids, False, True, margin, gamma, adaptive, mask_same_id, 0.0)[1]

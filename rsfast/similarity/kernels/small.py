@@ -15,7 +15,7 @@ from torch import Tensor
 from rsfast._tiles import INTERPRET, LOG2E
 from rsfast.similarity.kernels import small_tiles as small
 from rsfast.similarity.kernels.plan import multiprocessors
-from rsfast.similarity.kernels.tiles import inside, pieces, weighed, weighed_grad
+from rsfast.similarity.kernels.tiles import inside, pieces, violation, weighed, weighed_grad
 
 PEAKS = tl.constexpr(64)  # programs that look for the largest feature of a side
 BLOCK_PEAK = 2048
@@ -75,8 +75,8 @@ def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_target, rows, 
         negatives = s
         if MASK_SAME:
             negatives = tl.where(small.same_id(ids_ptr, rows, cols, N), small.NOTHING, s)
-        c, u = small.violation(negatives - row_own[:, None], margin, GAMMA == 0)
-        c_2, u_2 = small.violation(negatives - col_own[None, :], margin, GAMMA == 0)
+        c, u = violation(negatives, row_own[:, None], 0.0, margin, True, GAMMA == 0)
+        c_2, u_2 = violation(negatives, col_own[None, :], 0.0, margin, True, GAMMA == 0)
         lost = tl.sum(weighed(c, u, GAMMA) + weighed(c_2, u_2, GAMMA))
         tl.store(numbers_ptr + (small.LOSS + 1) * small.ROOM + piece, lost)
         if GRAD:
@@ -259,7 +259,7 @@ def step(
     fp32, that of other pairs is rounded to the features' dtype (22 bits for fp32). Deterministic: yes.
     """
     (n, d), new = image.shape, functools.partial(image.new_empty, dtype=torch.float32)
-    sm_count = sm_count or multiprocessors(image.device)
+    sm_count = sm_count or (multiprocessors(image.device) if image.is_cuda else 132)
     plan = _plan(n, sm_count)
     tiles_m, tiles_n = plan.tiles(n)
     image, text = image.contiguous(), text.contiguous()

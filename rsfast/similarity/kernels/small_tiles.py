@@ -166,17 +166,6 @@ def statistics(s, rows, cols, ids_ptr, partials_ptr, pm, pn, N, rate):
 
 
 @triton.jit
-def violation(gap, margin, HINGE: tl.constexpr):
-    """How far a negative is within the margin, c, and u = 1 - exp(-c) to the last bits also where c is tiny."""
-    c = tl.maximum(margin + gap, 0.0)
-    if HINGE:
-        return c, tl.where(c > 0, 1.0, 0.0)
-    else:
-        series = c * (1 - c / 2 * (1 - c / 3 * (1 - c / 4 * (1 - c / 5 * (1 - c / 6)))))
-        return c, tl.where(c < 0.25, series, 1 - tl.exp2(-LOG2E * c))
-
-
-@triton.jit
 def emit(g, a_sums, b_sums, loss: tl.constexpr, g_ptr, partials_ptr, numbers_ptr, rows, cols, pm, pn,
          tiles_m, tiles_n, N, FP32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Leaves the tile of A + B in 16 bits, as large as they hold, and in fp32 what the diagonal needs of it."""

@@ -103,15 +103,18 @@ def _one_minus(e, own):
 def violation(s, own, e, margin, EXACT: tl.constexpr, HINGE: tl.constexpr):
     """How far a negative is within the margin, c (meaningless where u is 0), and u = 1 - exp(-max(c, 0)).
 
-    ``e`` is exp(-s), which both directions share. ``EXACT`` does without it, since it can overflow.
+    ``e`` is exp(-s), which both directions share. ``EXACT`` does without it, since it can overflow, and is right to the
+    last bits of a tiny violation.
     """
-    c = s + (margin - own)
     if HINGE:
+        c = s + (margin - own)
         return c, tl.where(c > 0, 1.0, 0.0)
     elif EXACT:
-        return c, 1 - tl.exp2(-LOG2E * tl.maximum(c, 0.0))
+        c = tl.maximum((s - own) + margin, 0.0)
+        series = c * (1 - c / 2 * (1 - c / 3 * (1 - c / 4 * (1 - c / 5 * (1 - c / 6)))))
+        return c, tl.where(c < 0.25, series, 1 - tl.exp2(-LOG2E * c))
     else:
-        return c, _one_minus(e, tl.broadcast_to(tl.exp2(LOG2E * (own - margin)), s.shape))
+        return s + (margin - own), _one_minus(e, tl.broadcast_to(tl.exp2(LOG2E * (own - margin)), s.shape))
 
 
 @triton.jit
