@@ -43,9 +43,16 @@ def expected(image, text, scale, ids, *, margin, gamma, adaptive, mask_same_id, 
     return torch.stack([contrastive, triplet]).detach(), grads
 
 
-def assert_right(image, text, scale, ids, *, sm_count=None, **changes):
+def assert_right(image, text, scale, ids, *, sm_count=None, alone=False, **changes):
+    """Both losses and all gradients within the budget; ``alone``: of each loss by itself."""
     options = OPTIONS | changes
-    losses, dimage, dtext, dscale = kernel(image, text, scale, ids, sm_count=sm_count, **options)
+    run = functools.partial(kernel, image, text, scale, ids, sm_count=sm_count, **options)
+    if alone:
+        (one, dimage, dtext, dscale), (two, *others, _) = run(triplet=False), run(contrastive=False)
+        losses = one + two
+        dimage, dtext = torch.cat([dimage, others[0]]), torch.cat([dtext, others[1]])
+    else:
+        losses, dimage, dtext, dscale = run()
     wide = [t.double() for t in (image, text, scale)]
     gold, gold_grads = expected(*wide, ids, **options)
     eager, eager_grads = expected(image, text, scale, ids, **options)
@@ -92,10 +99,10 @@ def test_variants(name, dtype, device):
 @pytest.mark.parametrize("sm_count, tile", ((6, (128, 64)), (4, (128, 128))))
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=lambda d: str(d)[6:])
 def test_tall_and_wide_tiles(sm_count, tile, dtype, device):
-    plan = small._plan(130, sm_count)
-    assert tile == (plan.BLOCK_M, plan.BLOCK_N)
+    plan, wide = small._plan(130, sm_count, 1), tile == (128, 128)
+    assert tile == (plan.BLOCK_M, plan.BLOCK_N) and wide == (small._plan(130, sm_count, 2) is None)
     ids = torch.arange(130, device=device) % 50
-    assert_right(*draw(130, 24, dtype, device), torch.tensor(14.0, device=device), ids, sm_count=sm_count)
+    assert_right(*draw(130, 24, dtype, device), torch.tensor(14.0, device=device), ids, sm_count=sm_count, alone=wide)
 
 
 @pytest.mark.parametrize("factors", ((1000.0, 3e-6), (2.0**-60, 2.0**50)), ids=("large", "far apart"))
@@ -177,7 +184,8 @@ def test_inputs_of_any_layout(device):
 
 
 def test_what_it_takes():
-    assert all(small.supports(n, n, 512, FP32, 132) for n in (2, 428, 704, 1024, 1408))
-    assert small.supports(640, 640, 1, BF16, 108) and not small.supports(1281, 1281, 512, FP16, 108)
+    assert all(small.supports(n, n, 512, FP32, 132, 1) for n in (2, 428, 704, 1024, 1408))
+    assert small.supports(1024, 1024, 512, FP32, 132, 2) and not small.supports(1025, 1025, 512, FP32, 132, 2)
+    assert small.supports(640, 640, 1, BF16, 108, 2) and not small.supports(1281, 1281, 512, FP16, 108, 1)
     for n, m, d, dtype in ((1409, 1409, 512, FP32), (1, 1, 8, FP32), (8, 9, 8, FP32), (8, 8, 8, torch.float64)):
-        assert not small.supports(n, m, d, dtype, 132)
+        assert not small.supports(n, m, d, dtype, 132, 1)

@@ -166,8 +166,8 @@ def _softmax(image, text, logit_scale, image_ids, text_ids, *options) -> Tensor:
     return _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)[0]
 
 
-def _fits_one_launch(image: Tensor, text: Tensor) -> bool:
-    return small.supports(len(image), len(text), image.shape[1], image.dtype, multiprocessors(image.device))
+def _fits_one_launch(image: Tensor, text: Tensor, losses: int = 1) -> bool:
+    return small.supports(len(image), len(text), image.shape[1], image.dtype, multiprocessors(image.device), losses)
 
 
 def _small(image, text, logit_scale, image_ids, *options) -> Tensor:
@@ -201,7 +201,7 @@ def one_way_loss(
 def harma_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None, margin: float, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    if _fits_one_launch(image, text):
+    if _fits_one_launch(image, text, losses=2):
         losses = _small(image, text, logit_scale, image_ids, True, True, margin, gamma, True, False, 0.0)
     else:
         losses = _softmax(image, text, logit_scale, image_ids, None, True, False, margin, gamma, 0.5, 0.0, 0, True)

@@ -197,23 +197,22 @@ class Plan:
         return triton.cdiv(n, self.BLOCK_M), triton.cdiv(n, self.BLOCK_N)
 
 
-# on sm_90 only the widest spills, and only with both losses, ids and gradients
 PLANS = Plan(64, 64, 1, 8), Plan(128, 64, 2, 8), Plan(128, 128, 4, 8)
 
 
-def _plan(n: int, sm_count: int) -> Plan | None:
-    """Smallest tile that leaves at most one to a multiprocessor."""
-    for plan in PLANS:
+def _plan(n: int, sm_count: int, losses: int) -> Plan | None:
+    """Smallest tile that leaves at most one to a multiprocessor; the widest spills on sm_90 with two losses."""
+    for plan in PLANS[: 4 - losses]:
         tiles_m, tiles_n = plan.tiles(n)
         if tiles_m * tiles_n <= sm_count and max(tiles_m, tiles_n) <= small.TILES.value:
             return plan
     return None
 
 
-def supports(n: int, m: int, d: int, dtype: torch.dtype, sm_count: int) -> bool:
-    """Whether :func:`step` takes (n, d) images and (m, d) texts on a GPU of ``sm_count`` multiprocessors."""
+def supports(n: int, m: int, d: int, dtype: torch.dtype, sm_count: int, losses: int) -> bool:
+    """Whether :func:`step` takes (n, d) images and (m, d) texts for 1 or 2 losses on so many multiprocessors."""
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and n == m and n >= 2 and d >= 1 and _plan(n, sm_count) is not None
+    return known and n == m and n >= 2 and d >= 1 and _plan(n, sm_count, losses) is not None
 
 
 def step(
@@ -260,10 +259,10 @@ def step(
     """
     (n, d), new = image.shape, functools.partial(image.new_empty, dtype=torch.float32)
     sm_count = sm_count or (multiprocessors(image.device) if image.is_cuda else 132)
-    plan = _plan(n, sm_count)
+    losses, fp32 = contrastive + triplet, image.dtype == torch.float32
+    plan = _plan(n, sm_count, losses)
     tiles_m, tiles_n = plan.tiles(n)
     image, text = image.contiguous(), text.contiguous()
-    losses, fp32 = contrastive + triplet, image.dtype == torch.float32
     g = new(losses * (1 + fp32), tiles_m * plan.BLOCK_M, tiles_n * plan.BLOCK_N if grad else 0,
             dtype=torch.float16 if fp32 else image.dtype)  # fmt: skip
     dimage, dtext = (new(losses, n if grad else 0, d) for _ in range(2))
