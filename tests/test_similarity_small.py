@@ -25,9 +25,11 @@ def draw(n, d, dtype, device, alike=0.0):
 
 
 def kernel(image, text, scale, ids, *, contrastive=True, triplet=True, grad=True, **options):
-    return small.step(
+    """Both losses in one tensor, and gradients."""
+    one, two, *grads = small.step(
         image, text, scale, ids, contrastive=contrastive, triplet=triplet, grad=grad, **(OPTIONS | options)
     )
+    return torch.stack([one, two]), *grads
 
 
 def expected(image, text, scale, ids, *, margin, gamma, adaptive, mask_same_id, label_smoothing):

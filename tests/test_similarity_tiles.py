@@ -117,7 +117,7 @@ def flag(image, text, scale, **options):
     """Whether the contrastive loss took the kernels with maxima."""
     args = dict(triplet=False, mask_same=False, margin=0.0, gamma=0.0, weight=0.0, smoothing=0.0, offset=0) | options
     with torch.no_grad():
-        return tiled._softmax_fwd(image, text, scale, None, None, *args.values(), True)[4].item()
+        return tiled._softmax_fwd(image, text, scale, None, None, *args.values(), True)[5].item()
 
 
 @pytest.mark.parametrize("loss", ("contrastive", "ids", "harma"))

@@ -22,15 +22,16 @@ def _fake_softmax_fwd(
 
     N, M = len(image), len(text)
     blocks = -(-N // softmax.BLOCK) + (-(-M // softmax.BLOCK) if both_ways else 0)
-    losses, wide, targets = new(2, dtype=torch.float32), new(1, dtype=torch.int32), []
+    contrastive, triplet = new(dtype=torch.float32), new(dtype=torch.float32)
+    wide, targets = new(1, dtype=torch.int32), []
     if image_ids is not None:
         targets = [new(n, dtype=dtype) for dtype in (torch.int32, torch.float32) for n in (N, M)]
-    return losses, new(N), new(M if both_ways else 0), new(blocks, 3), wide, targets
+    return contrastive, triplet, new(N), new(M if both_ways else 0), new(blocks, 3), wide, targets
 
 
 def _fake_softmax_bwd(
-    dlosses, image, text, logit_scale, rows, columns, found, wide, targets, diagonal, triplet, mask_same, margin, gamma,
-    weight, smoothing, offset, both_ways, need_image, need_text,
+    dcontrastive, dtriplet, image, text, logit_scale, rows, columns, found, wide, targets, diagonal, triplet,
+    mask_same, margin, gamma, weight, smoothing, offset, both_ways, need_image, need_text,
 ):  # fmt: skip
     return *_like(image, text, need_image, need_text), logit_scale.new_empty(logit_scale.shape)
 
@@ -52,7 +53,12 @@ def _fake_small(
         return image.new_empty(shape, dtype=torch.float32)
 
     (N, D), losses = image.shape, contrastive + triplet
-    return new(2), new(losses, N if grad else 0, D), new(losses, N if grad else 0, D), new()
+    return new(), new(), new(losses, N if grad else 0, D), new(losses, N if grad else 0, D), new()
+
+
+def _fake_weigh(dcontrastive, dtriplet, by_image, by_text, by_scale, dtype):
+    _, N, D = by_image.shape
+    return (*(by_image.new_empty(N, D, dtype=dtype) for _ in range(2)), by_image.new_empty(()))
 
 
 def _like(image, text, need_image, need_text):
@@ -61,13 +67,14 @@ def _like(image, text, need_image, need_text):
 
 _softmax_fwd = register(
     "softmax_loss_fwd(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     softmax.fwd,
     _fake_softmax_fwd,
 )
 _softmax_bwd = register(
-    "softmax_loss_bwd(Tensor dlosses, Tensor image, Tensor text, Tensor logit_scale, Tensor rows, Tensor columns, "
-    f"Tensor found, Tensor wide, Tensor[] targets, bool diagonal, {_OPTIONS}, bool need_image, bool need_text) "
+    "softmax_loss_bwd(Tensor dcontrastive, Tensor? dtriplet, Tensor image, Tensor text, Tensor logit_scale, "
+    f"Tensor rows, Tensor columns, Tensor found, Tensor wide, Tensor[] targets, bool diagonal, {_OPTIONS}, "
+    "bool need_image, bool need_text) "
     "-> (Tensor, Tensor, Tensor)",
     softmax.bwd,
     _fake_softmax_bwd,
@@ -84,9 +91,15 @@ _pairwise_fwd = register(
 _small_losses = register(
     "small_losses(Tensor image, Tensor text, Tensor? logit_scale, Tensor? image_ids, bool contrastive, bool triplet, "
     "float margin, float gamma, bool adaptive, bool mask_same, float smoothing, bool grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     small.step,
     _fake_small,
+)
+_weigh = register(
+    "small_losses_weigh(Tensor? dcontrastive, Tensor? dtriplet, Tensor by_image, Tensor by_text, Tensor by_scale, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    small.weigh,
+    _fake_weigh,
 )
 
 
@@ -95,41 +108,36 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, image, text, logit_scale, image_ids, *options):
-        losses, *grads = _small_losses(image, text, logit_scale, image_ids, *options, True)
-        ctx.save_for_backward(*grads, logit_scale)
-        contrastive, triplet = options[:2]
-        ctx.asked, ctx.dtype = slice(0 if contrastive else 1, 2 if triplet else 1), image.dtype
-        return losses
+        contrastive, triplet, *grads = _small_losses(image, text, logit_scale, image_ids, *options, True)
+        ctx.save_for_backward(*grads)
+        ctx.asked, ctx.dtype = options[:2], image.dtype
+        return contrastive, triplet
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlosses):
-        *grads, dscale, logit_scale = ctx.saved_tensors
-        need, dlosses = ctx.needs_input_grad, dlosses[ctx.asked]
-        dimage, dtext = (
-            (dlosses[:, None, None] * g).sum(0).to(ctx.dtype) if wanted else None
-            for g, wanted in zip(grads, need[:2], strict=True)
-        )
-        if need[2]:
-            dscale = (dlosses[0] * dscale).to(logit_scale.dtype).reshape(logit_scale.shape)
-        return dimage, dtext, dscale if need[2] else None, *[None] * (len(need) - 3)
+    def backward(ctx, *dlosses):
+        dlosses = (d if asked else None for d, asked in zip(dlosses, ctx.asked, strict=True))
+        return _wanted(_weigh(*dlosses, *ctx.saved_tensors, ctx.dtype), ctx.needs_input_grad)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, image_ids, text_ids, *options):
-        losses, *kept, targets = _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)
+        contrastive, triplet, *kept, targets = _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)
         ctx.save_for_backward(image, text, logit_scale, *kept, *targets)
         ctx.options = text_ids is None, *options
-        return losses
+        return contrastive, triplet
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlosses):
+    def backward(ctx, *dlosses):
         need, saved = ctx.needs_input_grad, ctx.saved_tensors
-        grads = _softmax_bwd(dlosses, *saved[:7], list(saved[7:]), *ctx.options, need[0], need[1])
-        grads = [g if wanted else None for g, wanted in zip(grads, need[:3], strict=True)]
-        return *grads, *[None] * (len(need) - 3)
+        return _wanted(_softmax_bwd(*dlosses, *saved[:7], list(saved[7:]), *ctx.options, need[0], need[1]), need)
+
+
+def _wanted(grads, need) -> tuple[Tensor | None, ...]:
+    """Gradients that are wanted, and None for what is no feature or number."""
+    return *(g if wanted else None for g, wanted in zip(grads, need, strict=False)), *[None] * (len(need) - len(grads))
 
 
 class _Pairwise(torch.autograd.Function):
@@ -160,20 +168,20 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _softmax(image, text, logit_scale, image_ids, text_ids, *options) -> Tensor:
+def _softmax(image, text, logit_scale, image_ids, text_ids, *options) -> tuple[Tensor, Tensor]:
     if _wants_grad(image, text, logit_scale):
         return _Softmax.apply(image, text, logit_scale, image_ids, text_ids, *options)
-    return _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)[0]
+    return _softmax_fwd(image, text, logit_scale, image_ids, text_ids, *options)[:2]
 
 
 def _fits_one_launch(image: Tensor, text: Tensor, losses: int = 1) -> bool:
     return small.supports(len(image), len(text), image.shape[1], image.dtype, multiprocessors(image.device), losses)
 
 
-def _small(image, text, logit_scale, image_ids, *options) -> Tensor:
+def _small(image, text, logit_scale, image_ids, *options) -> tuple[Tensor, Tensor]:
     if _wants_grad(image, text, logit_scale):
         return _Small.apply(image, text, logit_scale, image_ids, *options)
-    return _small_losses(image, text, logit_scale, image_ids, *options, False)[0]
+    return _small_losses(image, text, logit_scale, image_ids, *options, False)[:2]
 
 
 def contrastive_loss(
@@ -202,10 +210,8 @@ def harma_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None, margin: float, gamma: float
 ) -> tuple[Tensor, Tensor]:
     if _fits_one_launch(image, text, losses=2):
-        losses = _small(image, text, logit_scale, image_ids, True, True, margin, gamma, True, False, 0.0)
-    else:
-        losses = _softmax(image, text, logit_scale, image_ids, None, True, False, margin, gamma, 0.5, 0.0, 0, True)
-    return losses[0], losses[1]
+        return _small(image, text, logit_scale, image_ids, True, True, margin, gamma, True, False, 0.0)
+    return _softmax(image, text, logit_scale, image_ids, None, True, False, margin, gamma, 0.5, 0.0, 0, True)
 
 
 def triplet_loss(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import INTERPRET, LOG2E
+from rsfast._tiles import INTERPRET, LOG2E, cast
 from rsfast.similarity.kernels import small_tiles as small
 from rsfast.similarity.kernels.plan import multiprocessors
 from rsfast.similarity.kernels.tiles import inside, pieces, violation, weighed, weighed_grad
@@ -110,7 +110,7 @@ def _piece(s, part: tl.constexpr, row_own, row_peak, row_log, row_target, rows, 
 @triton.jit
 def small_kernel(
     image_ptr, text_ptr, scale_ptr, ids_ptr, peaks_ptr, counters_ptr, partials_ptr, numbers_ptr, g_ptr,
-    losses_ptr, dimage_ptr, dtext_ptr, dscale_ptr, N, D, tiles_m, tiles_n, margin, weight, smoothing,
+    contrastive_ptr, triplet_ptr, dimage_ptr, dtext_ptr, dscale_ptr, N, D, tiles_m, tiles_n, margin, weight, smoothing,
     CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr, GAMMA: tl.constexpr, MASK_SAME: tl.constexpr,
     SMOOTH: tl.constexpr, GRAD: tl.constexpr, FP32: tl.constexpr, PHASE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
@@ -164,8 +164,8 @@ def small_kernel(
                     slope = small.total_of(numbers_ptr, small.DSCALE, tiles * PIECES) / (2 * N)
             if TRIPLET:
                 triplet = weight * small.total_of(numbers_ptr, small.LOSS + 1, tiles * PIECES)
-            tl.store(losses_ptr, contrastive)
-            tl.store(losses_ptr + 1, triplet)
+            tl.store(contrastive_ptr, contrastive)
+            tl.store(triplet_ptr, triplet)
             tl.store(dscale_ptr, slope)
         if GRAD:
             factor = scale / (2 * N) if CONTRASTIVE else weight
@@ -230,7 +230,7 @@ def step(
     grad: bool,
     sm_count: int | None = None,
     cooperative: bool = not INTERPRET.value,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Contrastive and triplet loss (all negatives) of a batch that :func:`supports` takes, and their gradients.
 
     Args:
@@ -250,7 +250,7 @@ def step(
         cooperative: One launch with barriers across the grid; otherwise three launches, for where that cannot be.
 
     Returns:
-        The two losses (2,), 0 where not asked; gradients of the asked losses by the images and texts, (1 or 2, N, D)
+        The two losses (), 0 where not asked; gradients of the asked losses by the images and texts, (1 or 2, N, D)
         in this order, empty without ``grad``; the contrastive loss's by ``logit_scale`` (). All fp32, each gradient
         for an upstream gradient of 1.
 
@@ -266,7 +266,7 @@ def step(
     g = new(losses * (1 + fp32), tiles_m * plan.BLOCK_M, tiles_n * plan.BLOCK_N if grad else 0,
             dtype=torch.float16 if fp32 else image.dtype)  # fmt: skip
     dimage, dtext = (new(losses, n if grad else 0, d) for _ in range(2))
-    values, dscale = new(2), new(())
+    values, dscale = (new(()), new(())), new(())
     partials, numbers, peaks = new(small.PARTIALS, n), new(small.NUMBERS, small.ROOM.value), None
     if fp32:
         counters, peaks = torch.empty(2, dtype=torch.int32, device=image.device), new(2, PEAKS.value)
@@ -277,10 +277,49 @@ def step(
     for phase in (0,) if cooperative else (1, 2, 3):
         small_kernel[min(max(items, tiles_m * tiles_n), sm_count),](
             image, text, logit_scale, None if image_ids is None else image_ids.contiguous(), peaks, counters, partials,
-            numbers, g, values, dimage, dtext, dscale, n, d, tiles_m, tiles_n, float(margin), 0.5 if adaptive else 1.0,
+            numbers, g, *values, dimage, dtext, dscale, n, d, tiles_m, tiles_n, float(margin), 0.5 if adaptive else 1.0,
             float(label_smoothing), CONTRASTIVE=contrastive, TRIPLET=triplet, GAMMA=float(gamma) if adaptive else 0.0,
             MASK_SAME=mask_same_id, SMOOTH=label_smoothing > 0, GRAD=grad, FP32=fp32, PHASE=phase,
             BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, BLOCK_K=32 if fp32 or plan.PIECES > 1 else 64, BLOCK=BLOCK,
             PIECES=plan.PIECES, num_warps=plan.num_warps, launch_cooperative_grid=phase == 0,
         )  # fmt: skip
-    return values, dimage, dtext, dscale
+    return *values, dimage, dtext, dscale
+
+
+@triton.jit
+def weigh_kernel(
+    dcontrastive_ptr, dtriplet_ptr, by_image_ptr, by_text_ptr, by_scale_ptr, dimage_ptr, dtext_ptr, dscale_ptr, size,
+    CONTRASTIVE: tl.constexpr, TRIPLET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of each loss, times what comes from above, added; of the images (side 0) and the texts (side 1)."""
+    block, side = tl.program_id(0), tl.program_id(1)
+    by_ptr, out_ptr = by_image_ptr, dimage_ptr
+    if side == 1:
+        by_ptr, out_ptr = by_text_ptr, dtext_ptr
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    out = tl.zeros([BLOCK], tl.float32)
+    slope = 0.0
+    if CONTRASTIVE:
+        steep = tl.load(dcontrastive_ptr)
+        out += steep * tl.load(by_ptr + at, mask=at < size, other=0.0)
+        slope += steep * tl.load(by_scale_ptr)
+    if TRIPLET:
+        out += tl.load(dtriplet_ptr) * tl.load(by_ptr + CONTRASTIVE * size + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, cast(out, out_ptr.dtype.element_ty), mask=at < size)
+    if block + side == 0:
+        tl.store(dscale_ptr, slope)
+
+
+def weigh(
+    dcontrastive: Tensor | None, dtriplet: Tensor | None, by_image: Tensor, by_text: Tensor, by_scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients by images, texts (in ``dtype``) and scale, from those by and of each loss; None of one not asked."""
+    _, n, d = by_image.shape
+    dimage, dtext = (by_image.new_empty(n, d, dtype=dtype) for _ in range(2))
+    dscale = by_image.new_empty(())
+    weigh_kernel[triton.cdiv(n * d, BLOCK_PEAK), 2](
+        dcontrastive, dtriplet, by_image, by_text, by_scale, dimage, dtext, dscale, n * d,
+        CONTRASTIVE=dcontrastive is not None, TRIPLET=dtriplet is not None, BLOCK=BLOCK_PEAK,
+    )  # fmt: skip
+    return dimage, dtext, dscale

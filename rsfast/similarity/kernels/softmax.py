@@ -45,7 +45,7 @@ def fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
     triplet: bool, mask_same: bool, margin: float, gamma: float, weight: float, smoothing: float, offset: int,
     both_ways: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Both losses; for backward: base-2 logarithms of the sums of rows and columns without their positives, what is
     known of blocks of them, which kernel was right, and the targets.
     """
@@ -57,7 +57,8 @@ def fwd(
     rows = torch.empty(batch.N, dtype=torch.float64, device=device)
     columns = torch.empty(batch.M if both_ways else 0, dtype=torch.float64, device=device)
     found = torch.empty(p.row_blocks + p.column_blocks, 3, dtype=torch.float64, device=device)
-    losses, exact_needed = torch.empty(2, device=device), torch.empty_like(wide)
+    contrastive, hinge = (torch.empty((), device=device) for _ in range(2))
+    exact_needed = torch.empty_like(wide)
     for exact, flag in ((False, wide), (True, exact_needed)):
         row_parts, column_parts, totals = first_pass(
             batch, scalars, flag, vectors, softmax=True, triplet=triplet, sigmoid=False, columns=both_ways,
@@ -72,24 +73,25 @@ def fwd(
                 LOST * max(batch.N, batch.M), DIAGONAL=batch.diagonal, EXACT=exact, BLOCK=BLOCK, BLOCK_T=16,
             )  # fmt: skip
         losses_kernel[(1,)](
-            losses, found, totals, logit_scale, flag, exact_needed, len(found), len(totals), weight,
+            contrastive, hinge, found, totals, logit_scale, flag, exact_needed, len(found), len(totals), weight,
             EXACT=exact, BLOCK=1024,
         )  # fmt: skip
-    return losses, rows, columns, found, exact_needed, targets
+    return contrastive, hinge, rows, columns, found, exact_needed, targets
 
 
 def bwd(
-    dlosses: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, rows: Tensor, columns: Tensor, found: Tensor,
-    wide: Tensor, targets: list[Tensor], diagonal: bool, triplet: bool, mask_same: bool, margin: float,
-    gamma: float, weight: float, smoothing: float, offset: int, both_ways: bool, need_image: bool, need_text: bool,
+    dcontrastive: Tensor, dtriplet: Tensor | None, image: Tensor, text: Tensor, logit_scale: Tensor, rows: Tensor,
+    columns: Tensor, found: Tensor, wide: Tensor, targets: list[Tensor], diagonal: bool, triplet: bool, mask_same: bool,
+    margin: float, gamma: float, weight: float, smoothing: float, offset: int, both_ways: bool, need_image: bool,
+    need_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of both features (empty if not needed) and of the scale."""
+    """Gradients of both features (empty if not needed) and of the scale; ``dtriplet`` None counts as 0."""
     p = _Problem(image, text, diagonal, smoothing, offset, both_ways)
     batch, device = p.batch, p.batch.device
     scalars, _ = batch.scalars(logit_scale)
     tight = batch.diagonal and not targets and not p.smoothed
     grad_scalars_kernel[(1,)](
-        scalars, dlosses.contiguous(), logit_scale, found, p.row_blocks, p.column_blocks, p.row, p.column,
+        scalars, dcontrastive, dtriplet, logit_scale, found, p.row_blocks, p.column_blocks, p.row, p.column,
         sum(p.smooth), weight if triplet else 0.0, 2 * (1 + gamma), FULL=FULL[batch.dtype], TIGHT=tight, BLOCK=1024,
     )  # fmt: skip
     share_a, share_b = targets[2:] or (None, None)

@@ -166,7 +166,7 @@ def _sum(ptr, n, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def losses_kernel(
-    losses_ptr, found_ptr, totals_ptr, scale_ptr, wide_ptr, next_ptr, n_found, n_totals, weight,
+    contrastive_ptr, triplet_ptr, found_ptr, totals_ptr, scale_ptr, wide_ptr, next_ptr, n_found, n_totals, weight,
     EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both losses; after the pass without maxima also whether the one with them has to run."""
@@ -176,20 +176,23 @@ def losses_kernel(
         return
     scale = tl.load(scale_ptr).to(tl.float64)
     aligned = _sum(totals_ptr, n_totals, 2, BLOCK)
-    tl.store(losses_ptr, (_sum(found_ptr, n_found, 3, BLOCK) - scale * aligned).to(tl.float32))
-    tl.store(losses_ptr + 1, (weight * _sum(totals_ptr + 1, n_totals, 2, BLOCK)).to(tl.float32))
+    tl.store(contrastive_ptr, (_sum(found_ptr, n_found, 3, BLOCK) - scale * aligned).to(tl.float32))
+    tl.store(triplet_ptr, (weight * _sum(totals_ptr + 1, n_totals, 2, BLOCK)).to(tl.float32))
     if not EXACT:
         tl.store(next_ptr, (_sum(found_ptr + 2, n_found, 3, BLOCK) > 0).to(tl.int32))
 
 
 @triton.jit
 def grad_scalars_kernel(
-    scalars_ptr, dlosses_ptr, scale_ptr, found_ptr, row_blocks, column_blocks, row, column, smooth, weight, steepest,
+    scalars_ptr, dcontrastive_ptr, dtriplet_ptr, scale_ptr, found_ptr, row_blocks, column_blocks, row, column, smooth,
+    weight, steepest,
     FULL: tl.constexpr, TIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second pass's scalars from the first one's. ``TIGHT``: the largest shares bound G, else the rows' weights."""
-    steep = tl.load(dlosses_ptr) * tl.load(scale_ptr).to(tl.float32)
-    other = tl.load(dlosses_ptr + 1) * weight
+    steep = tl.load(dcontrastive_ptr) * tl.load(scale_ptr).to(tl.float32)
+    other = 0.0
+    if dtriplet_ptr is not None:
+        other += tl.load(dtriplet_ptr) * weight
     bound = row + column
     if TIGHT:
         columns = found_ptr + 3 * row_blocks + 1
