@@ -137,3 +137,14 @@ def test_outputs_share_no_memory():
             image, text, torch.tensor(1.0), None, None, None, False, 0.0, 0.0, 1.0, 0, False, False, False
         )
     assert dimage is not dtext and not torch._C._is_alias_of(dimage, dtext)
+
+
+def test_graphs_of_any_shape_and_option():
+    """Where PyTorch traces with sizes and numbers unknown, as it does once they have changed."""
+    torch._dynamo.reset()
+    compiled = torch.compile(rsfast.adaptive_triplet_loss, fullgraph=True, backend="eager", dynamic=True)
+    image, text = drawn(torch.float32)
+    for rows, margin, gamma in ((N, 0.2, 2.0), (N - 3, 0.3, 1.5)):
+        options = dict(margin=margin, gamma=gamma)
+        expected = rsfast.adaptive_triplet_loss(image[:rows], text[:rows], **options)
+        assert torch.equal(compiled(image[:rows], text[:rows], **options), expected)

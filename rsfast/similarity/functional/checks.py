@@ -111,7 +111,8 @@ def check_range(
     name: str, value: float, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
     """``low <= value <= high``, or ``low < value`` with ``above``; never infinite, never NaN."""
-    fits = math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    finite = -math.inf < value < math.inf  # math.isfinite does not trace where a graph takes any value
+    fits = finite and (low < value if above else low <= value) and value <= high
     if not fits:
         wanted = {
             (True, True): "a finite number",
