@@ -45,6 +45,21 @@ def test_features_that_start_anywhere_in_memory(name, device):
         assert torch.equal(LOSSES[name](odd, text, impl="fused"), LOSSES[name](image, text, impl="fused"))
 
 
+def test_a_single_row_of_any_stride(device):
+    """It is contiguous to PyTorch; a descriptor looks at the stride none the less."""
+    image, text = (x.detach().to(device) for x in drawn(torch.bfloat16))
+    column = text[0].clone()[:, None]
+    assert column.T.is_contiguous() and column.T.stride() == (1, 1)
+    numbers = dict(image_ids=torch.arange(N, device=device), text_ids=torch.tensor([3], device=device), impl="fused")
+    scale = torch.tensor(14.0)
+    assert torch.equal(*(rsfast.contrastive_loss(image, one, scale, **numbers) for one in (column.T, text[:1])))
+
+
+def test_shapes_alone():
+    image, text = (x.detach().to("meta") for x in drawn(torch.float32))
+    assert rsfast.contrastive_loss(image, text, torch.tensor(14.0)).shape == ()
+
+
 @pytest.mark.parametrize("size", (1, 2**-10))
 def test_an_upstream_gradient_beyond_fp16(size):
     """As a gradient scaler's first one is, 2^16; small features have gradients that are lost in fp16 but for it."""

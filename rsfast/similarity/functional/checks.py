@@ -45,7 +45,7 @@ def prepared(*, normalize: bool, check_finite: bool, **features: Tensor) -> list
                 row = broken.nonzero()[0].item()
                 raise ValueError(f"{name} must be finite: {broken.sum()} of {len(x)} rows are not, the first is {row}")
     ready = {name: F.normalize(x, dim=-1) if normalize else x for name, x in features.items()}
-    if torch.is_autocast_enabled(like.device.type):
+    if like.device.type != "meta" and torch.is_autocast_enabled(like.device.type):
         low = torch.get_autocast_dtype(like.device.type)
         ready = {name: x if x.dtype == torch.float64 else x.to(low) for name, x in ready.items()}
     for name, x in ready.items():
@@ -111,6 +111,8 @@ def check_range(
     name: str, value: float, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
     """``low <= value <= high``, or ``low < value`` with ``above``; never infinite, never NaN."""
+    if value is None or isinstance(value, str):
+        raise ValueError(f"{name} must be a number, got {value!r}")
     finite = -math.inf < value < math.inf  # math.isfinite does not trace where a graph takes any value
     fits = finite and (low < value if above else low <= value) and value <= high
     if not fits:

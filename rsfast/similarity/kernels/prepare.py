@@ -67,6 +67,7 @@ def _packed(x: Tensor, tma: bool) -> Tensor:
     """Contiguous, and where descriptors read it at a multiple of 16 bytes, with rows of such a multiple."""
     short = -x.shape[1] % (16 // x.element_size()) if tma else 0
     x = torch.nn.functional.pad(x, (0, short)) if short else x.contiguous()
+    x = x.flatten().view(x.shape)  # one row is contiguous whatever its stride says
     return x.clone() if tma and x.data_ptr() % 16 else x
 
 
