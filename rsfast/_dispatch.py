@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Impl = Literal["auto", "fused", "reference"]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
@@ -19,9 +20,51 @@ def register(schema: str, launch: Callable, fake: Callable):
     """Register ``launch`` as ``torch.ops.rsfast.<name>`` and return the overload to call."""
     name, _, signature = schema.partition("(")
     torch.library.define(f"rsfast::{name}", f"({signature}")
-    torch.library.impl(f"rsfast::{name}", ("cpu", "cuda") if INTERPRET else "cuda", launch)
+    torch.library.impl(f"rsfast::{name}", ("cpu", "cuda") if INTERPRET else "cuda", _where_it_lives(launch))
     torch.library.register_fake(f"rsfast::{name}", fake)
     return getattr(torch.ops.rsfast, name).default
+
+
+def _where_it_lives(launch: Callable) -> Callable:
+    """``launch`` on its tensors' GPU: Triton launches on the current one, whatever theirs is."""
+
+    def run(*args):
+        if forward_ad._current_level >= 0:  # the tangents would be dropped without a word
+            raise NotImplementedError("the fused kernels have no forward-mode derivative: take impl='reference'")
+        first = next(arg for arg in args if hasattr(arg, "is_cuda"))
+        if not first.is_cuda:
+            return launch(*args)
+        with torch.cuda.device_of(first):
+            return launch(*args)
+
+    return run
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, whose own derivative is refused."""
+
+    @staticmethod
+    def forward(ctx, grad, mark):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError("the fused kernels have no second derivative: take impl='reference'")
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """For a backward whose gradients have no derivative; PyTorch's own lets them pass for constants."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        mark = torch.zeros((), requires_grad=True)
+        return tuple(g if g is None else _Once.apply(g, mark) for g in results)
+
+    return run
 
 
 def why_not_triton(tensor: Tensor) -> list[str]:

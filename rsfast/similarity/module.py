@@ -138,7 +138,6 @@ class ContrastiveLoss(_Gathering):
             return None if x is None else _gathered(x, self.rank, self.world_size, **grad)
 
         checks.check_ids_given(image_ids, text_ids)
-        text_ids = image_ids if text_ids is None else text_ids
         grad = dict(with_grad=self.gather_with_grad, own_grad=not self.local_loss)
         all_images, all_texts = gathered(image_features, **grad), gathered(text_features, **grad)
         all_image_ids, all_text_ids = gathered(image_ids), gathered(text_ids)
@@ -146,6 +145,8 @@ class ContrastiveLoss(_Gathering):
             return functional.contrastive_loss(
                 all_images, all_texts, logit_scale, image_ids=all_image_ids, text_ids=all_text_ids, **options
             )
+        if text_ids is None:
+            text_ids, all_text_ids = image_ids, all_image_ids
         options["offset"] = self.rank * len(image_features)
         to_text = functional.one_way_loss(
             image_features, all_texts, logit_scale, query_ids=image_ids, key_ids=all_text_ids, **options

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rsfast._dispatch import register
+from rsfast._dispatch import once_differentiable, register
 from rsfast.adapter.kernels.launch import bwd, fwd
 from rsfast.adapter.reference import SharedWeights
 
@@ -59,7 +59,7 @@ class _GatedAdapter(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, lengths, residual_gate, *rest = ctx.saved_tensors
         kept, weights = rest[:5], rest[5:]

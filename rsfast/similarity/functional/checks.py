@@ -45,7 +45,7 @@ def prepared(*, normalize: bool, check_finite: bool, **features: Tensor) -> list
                 row = broken.nonzero()[0].item()
                 raise ValueError(f"{name} must be finite: {broken.sum()} of {len(x)} rows are not, the first is {row}")
     ready = {name: F.normalize(x, dim=-1) if normalize else x for name, x in features.items()}
-    if torch.is_autocast_enabled(like.device.type):
+    if like.device.type != "meta" and torch.is_autocast_enabled(like.device.type):
         low = torch.get_autocast_dtype(like.device.type)
         ready = {name: x if x.dtype == torch.float64 else x.to(low) for name, x in ready.items()}
     for name, x in ready.items():
@@ -57,7 +57,6 @@ def prepared(*, normalize: bool, check_finite: bool, **features: Tensor) -> list
 def check_square(image_features: Tensor, text_features: Tensor) -> None:
     if len(image_features) != len(text_features):
         raise ValueError(f"text_features must have {len(image_features)} rows, one an image, got {len(text_features)}")
-    check_not_alone(image_features, text_features)
     check_not_alone(image_features, text_features)
 
 
@@ -112,7 +111,10 @@ def check_range(
     name: str, value: float, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
     """``low <= value <= high``, or ``low < value`` with ``above``; never infinite, never NaN."""
-    fits = math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    if value is None or isinstance(value, str):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    finite = -math.inf < value < math.inf  # math.isfinite does not trace where a graph takes any value
+    fits = finite and (low < value if above else low <= value) and value <= high
     if not fits:
         wanted = {
             (True, True): "a finite number",

@@ -73,6 +73,7 @@ def contrastive_loss(
         raise ValueError(
             f"image_ids and text_ids are needed for {len(image_features)} images and {len(text_features)} texts"
         )
+    text_ids = None if text_ids is image_ids else text_ids  # kernels do more for the positives on the diagonal
     image_ids, text_ids = checks.prepared_ids(
         dict(image=image_features, text=text_features), image_ids=image_ids, text_ids=text_ids
     )

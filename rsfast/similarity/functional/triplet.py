@@ -154,6 +154,7 @@ def _prepared(image_features, text_features, margin, negatives, image_ids, text_
     checks.check_ids_given(image_ids, text_ids)
     if mask_same_id and image_ids is None:
         raise ValueError("image_ids are needed with mask_same_id=True, got None")
+    text_ids = None if text_ids is image_ids else text_ids  # then a small batch takes one launch
     image_ids, text_ids = checks.prepared_ids(
         dict(image=image_features, text=text_features), image_ids=image_ids, text_ids=text_ids
     )

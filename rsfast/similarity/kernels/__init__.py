@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rsfast._dispatch import register
+from rsfast._dispatch import once_differentiable, register
 from rsfast.similarity.kernels import hardest, pairwise, small, softmax
 from rsfast.similarity.kernels.plan import multiprocessors
 from rsfast.similarity.reference import Negatives
@@ -33,17 +33,19 @@ def _fake_softmax_bwd(
     dcontrastive, dtriplet, image, text, logit_scale, rows, columns, found, wide, targets, diagonal, triplet,
     mask_same, margin, gamma, weight, smoothing, offset, both_ways, need_image, need_text,
 ):  # fmt: skip
-    return *_like(image, text, need_image, need_text), logit_scale.new_empty(logit_scale.shape)
+    features = (x.new_empty(len(x) if need else 0, x.shape[1]) for x, need in ((image, need_image), (text, need_text)))
+    return *features, logit_scale.new_empty(logit_scale.shape)
 
 
 def _fake_pairwise_fwd(
     image, text, logit_scale, logit_bias, image_ids, text_ids, mask_same, margin, gamma, weight, offset, need_image,
     need_text, need_scalars,
 ):  # fmt: skip
-    def number():
-        return image.new_empty((), dtype=torch.float32)
+    def new(*shape):
+        return image.new_empty(shape, dtype=torch.float32)
 
-    return number(), *_like(image, text, need_image, need_text), number(), number()
+    D = image.shape[1]
+    return new(), new(len(image) if need_image else 0, D), new(len(text) if need_text else 0, D), new(), new()
 
 
 def _fake_small(
@@ -59,10 +61,6 @@ def _fake_small(
 def _fake_weigh(dcontrastive, dtriplet, by_image, by_text, by_scale, dtype):
     _, N, D = by_image.shape
     return (*(by_image.new_empty(N, D, dtype=dtype) for _ in range(2)), by_image.new_empty(()))
-
-
-def _like(image, text, need_image, need_text):
-    return tuple(x.new_empty(len(x) if need else 0, x.shape[1]) for x, need in ((image, need_image), (text, need_text)))
 
 
 _softmax_fwd = register(
@@ -114,7 +112,7 @@ class _Small(torch.autograd.Function):
         return contrastive, triplet
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, *dlosses):
         dlosses = (d if asked else None for d, asked in zip(dlosses, ctx.asked, strict=True))
         return _wanted(_weigh(*dlosses, *ctx.saved_tensors, ctx.dtype), ctx.needs_input_grad)
@@ -129,7 +127,7 @@ class _Softmax(torch.autograd.Function):
         return contrastive, triplet
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, *dlosses):
         need, saved = ctx.needs_input_grad, ctx.saved_tensors
         return _wanted(_softmax_bwd(*dlosses, *saved[:7], list(saved[7:]), *ctx.options, need[0], need[1]), need)
@@ -149,18 +147,18 @@ class _Pairwise(torch.autograd.Function):
         loss, *grads = _pairwise_fwd(
             image, text, logit_scale, logit_bias, image_ids, text_ids, *options, need[0], need[1], need[2] or need[3]
         )
-        ctx.save_for_backward(*grads, logit_scale, logit_bias)
+        ctx.save_for_backward(*grads)
+        ctx.like = [(t.dtype, t.shape) if t is not None else None for t in (image, text, logit_scale, logit_bias)]
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss):
-        *grads, logit_scale, logit_bias = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grads = [(dloss * g).to(g.dtype) if wanted else None for g, wanted in zip(grads, need[:4], strict=True)]
-        for i, scalar in ((2, logit_scale), (3, logit_bias)):
-            if need[i]:
-                grads[i] = grads[i].to(scalar.dtype).reshape(scalar.shape)
+        grads = (
+            (dloss * g).to(like[0]).reshape(like[1]) if wanted else None
+            for g, like, wanted in zip(ctx.saved_tensors, ctx.like, need[:4], strict=True)
+        )
         return *grads, *[None] * (len(need) - 4)
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._dispatch import capability, register
+from rsfast._dispatch import capability, once_differentiable, register
 from rsfast._tiles import LOG2E, cast
 from rsfast.similarity.kernels.plan import Tiles
 from rsfast.similarity.kernels.prepare import Batch, matches
@@ -210,7 +210,7 @@ class _HardestTriplet(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss):
         need = ctx.needs_input_grad
         dimage, dtext = _bwd(dloss, *ctx.saved_tensors, need[0], need[1])

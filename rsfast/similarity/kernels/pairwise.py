@@ -16,7 +16,8 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and its gradients by features, scale and bias as far as they are needed, else empty or zero.
 
-    The sigmoid loss with a ``logit_scale``, else a triplet loss.
+    The sigmoid loss with a ``logit_scale``, else a triplet loss. Gradients are in fp32 and for an upstream one of 1:
+    what they are going to be multiplied by may be more than fp16 holds.
     """
     batch = Batch(image, text, diagonal=True, offset=offset)
     sigmoid, device = logit_scale is not None, batch.device
@@ -32,7 +33,7 @@ def fwd(
         gamma=gamma,
     )  # fmt: skip
     wanted = need_image or need_text or need_scalars
-    da = db = torch.empty(0, batch.D, device=device)
+    da, db = (torch.empty(0, batch.D, device=device) for _ in "ab")
     by, own = (None, None), torch.empty(batch.N, device=device) if sigmoid else None
     if wanted:
         da, db, *by, totals = second_pass(
@@ -51,6 +52,6 @@ def fwd(
         LOSS_AT=2 if wanted else 1, STRIDE=totals.shape[1], SIGMOID=sigmoid, BLOCK=1024,
     )  # fmt: skip
     dimage, dtext = gradients(
-        batch, scalars, da, db, own, (None, None) if sigmoid else by, need_image, need_text
+        batch, scalars, da, db, own, (None, None) if sigmoid else by, need_image, need_text, torch.float32
     )  # fmt: skip
     return out[0].clone(), dimage, dtext, out[1].clone(), out[2].clone()

@@ -41,7 +41,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def tiles(device: torch.device, rows: int, columns: int, width: int, *, large: bool) -> Tiles:
     """Tiles that compile without spills on sm_90, ``large`` or not; smaller for a batch that is smaller."""
-    block_n = 256 if large and capability(device) >= 90 else 128
+    # sm_120 has descriptors, but 99 KB of shared memory and no warpgroups: the wide tile neither fits nor helps it
+    block_n = 256 if large and 90 <= capability(device) < 120 else 128
     pieces = block_n // 64
     block_m, block_n = (min(size, max(16, next_power_of_2(n))) for size, n in ((128, rows), (block_n, columns)))
     return Tiles(

@@ -64,9 +64,11 @@ def prepare_kernel(a_ptr, b_ptr, a_parts_ptr, b_parts_ptr, scales_ptr, d_ptr, no
 
 
 def _packed(x: Tensor, tma: bool) -> Tensor:
-    """Contiguous, and where descriptors read it with rows of a multiple of 16 bytes."""
+    """Contiguous, and where descriptors read it at a multiple of 16 bytes, with rows of such a multiple."""
     short = -x.shape[1] % (16 // x.element_size()) if tma else 0
-    return torch.nn.functional.pad(x, (0, short)) if short else x.contiguous()
+    x = torch.nn.functional.pad(x, (0, short)) if short else x.contiguous()
+    x = x.flatten().view(x.shape)  # one row is contiguous whatever its stride says
+    return x.clone() if tma and x.data_ptr() % 16 else x
 
 
 class Batch:
@@ -93,6 +95,7 @@ class Batch:
         self.scales = None
         if self.parts == 2:
             largest = torch.stack([torch.linalg.vector_norm(x.flatten(), float("inf")) for x in (image, text)])
+            largest = torch.where(largest.isinf(), math.nan, largest)  # else all that is finite would become 0
             self.scales = torch.exp2((PART_BITS - 1 - largest.log2().floor()).clamp(-60, 60))
             self.width = 2 * STEP * triton.cdiv(self.D, STEP)
             self.a, self.b = (image.new_empty(n, self.width, dtype=self.dtype) for n in (self.N, self.M))

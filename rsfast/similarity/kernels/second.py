@@ -83,13 +83,21 @@ def _multiply(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
             if out.is_cuda:
                 torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
             else:
-                out += x.float() @ y.float()
+                torch.addmm(out, x.float(), y.float(), out=out)  # autocast leaves it alone, unlike x @ y
 
 
 def gradients(
-    batch: Batch, scalars: Tensor, da: Tensor, db: Tensor, own: Tensor | None, by: tuple, need_a: bool, need_b: bool
+    batch: Batch,
+    scalars: Tensor,
+    da: Tensor,
+    db: Tensor,
+    own: Tensor | None,
+    by: tuple,
+    need_a: bool,
+    need_b: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both features, from the products and the gradient of each positive's score.
+    """Gradients of both features in ``dtype``, from the products and the gradient of each positive's score.
 
     Args:
         own: That gradient, (N,), of the softmax or sigmoid, if any.
@@ -98,7 +106,7 @@ def gradients(
     N, first, D = batch.N, batch.offset, batch.D
 
     def finished(acc, other, factor, first):
-        out = torch.empty(acc.shape, dtype=batch.image.dtype, device=batch.device)
+        out = acc if dtype == acc.dtype else torch.empty(acc.shape, dtype=dtype, device=batch.device)
         grid = (-(-len(acc) // 16), -(-D // 128))
         finish_kernel[grid](
             acc, out, other, own, *by, scalars[factor:], scalars[10:], len(acc), first, N if batch.diagonal else 0, D,
@@ -106,6 +114,6 @@ def gradients(
         )  # fmt: skip
         return out
 
-    dimage = finished(da, batch.text[first:], 7, 0) if need_a else da.to(batch.image.dtype)
-    dtext = finished(db, batch.image, 8, first) if need_b else db.to(batch.image.dtype)
+    dimage = finished(da, batch.text[first:], 7, 0) if need_a else da.to(dtype)
+    dtext = finished(db, batch.image, 8, first) if need_b else db.to(dtype)
     return dimage, dtext

@@ -1,5 +1,7 @@
 """Contrastive loss, alone or with a triplet loss of all negatives: two passes over the pairs."""
 
+import math
+
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -98,7 +100,8 @@ def bwd(
     own = torch.empty(batch.N, device=device) if batch.diagonal else None
     apart = smoothing * (p.row * (1 - 1 / batch.M) + p.column * (1 - 1 / batch.N))
     lse_a, coef_a = torch.empty(2, batch.N, device=device)
-    lse_b, coef_b = torch.zeros(2, batch.M, device=device)
+    # one way the keys have no softmax: a factor of 0 and, for no exponential may overflow, an infinite sum
+    lse_b, coef_b = torch.full((batch.M,), math.inf, device=device), torch.zeros(batch.M, device=device)
     factors_kernel[(p.row_blocks,)](
         rows, columns, lse_a, coef_a, own, share_a, share_b, scalars, wide, logit_scale, batch.d, batch.N,
         *p.rows, *p.columns, apart,
@@ -123,6 +126,6 @@ def bwd(
         dscale, totals, scalars, logit_scale, own, batch.d, len(totals), batch.N, BLOCK=1024
     )  # fmt: skip
     dimage, dtext = gradients(
-        batch, scalars, da, db, own, by if triplet else (None, None), need_image, need_text
+        batch, scalars, da, db, own, by if triplet else (None, None), need_image, need_text, image.dtype
     )  # fmt: skip
     return dimage, dtext, dscale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from rsfast._dispatch import register
+from rsfast._dispatch import once_differentiable, register
 from rsfast.similarity.kernels.first import first_pass
 from rsfast.similarity.kernels.plan import BLOCK_ROWS
 from rsfast.similarity.kernels.prepare import FULL, Batch
@@ -115,7 +115,7 @@ class _Uniformity(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss):
         return _bwd(dloss, *ctx.saved_tensors, ctx.t), None
 

@@ -27,6 +27,7 @@ SCALARS = 11
 HIGHEST = tl.constexpr(122.6)  # base-2 logarithm that no sum of exponentials reaches: fp32 ends at 2^128
 SPAN = tl.constexpr(100.0)  # exponents down to minus this leave sums of them exact
 LOWEST = tl.constexpr(-126.0)  # exponentials below are flushed to zero
+SMALLEST = tl.constexpr(2.0**-100)  # share of a row that is the unit of G: less, and factors of it overflow
 SHARP = tl.constexpr(60.0)  # scores above may overflow exp(-S), which the triplet's two directions share
 
 
@@ -199,6 +200,7 @@ def grad_scalars_kernel(
         bound = row * _largest(found_ptr + 1, row_blocks, 3, BLOCK) + column * _largest(
             columns, column_blocks, 3, BLOCK
         )
+        bound = tl.maximum(bound, (row + column) * SMALLEST)
     old = tl.load(scalars_ptr + 6)
     unit = _unit((tl.abs(steep) * bound + tl.abs(other) * steepest).to(tl.float32), FULL)
     tl.store(scalars_ptr + 4, steep * smooth / unit)
