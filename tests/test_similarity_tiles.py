@@ -69,19 +69,19 @@ LOSSES = {
     "contrastive": lambda v, t, device: ("contrastive_loss", [v, t, *numbers(14, device=device)], {}),
     "ids": lambda v, t, device: (
         "contrastive_loss", [v, t, *numbers(14, device=device)],
-        dict(image_ids=ids(N, device), label_smoothing=0.1),
+        dict(image_ids=ids(len(v), device), label_smoothing=0.1),
     ),
     "rect": lambda v, t, device: (
-        "contrastive_loss", [v[:140], t, *numbers(14, device=device)],
-        dict(image_ids=ids(140, device), text_ids=ids(N, device, 3)),
+        "contrastive_loss", [v[:-10], t, *numbers(14, device=device)],
+        dict(image_ids=ids(len(v) - 10, device), text_ids=ids(len(t), device, 3)),
     ),
     "one way": lambda v, t, device: ("one_way_loss", [v[:50], t, *numbers(14, device=device)], dict(offset=70)),
     "harma": lambda v, t, device: (
-        "harma_loss", [v, t, *numbers(14, device=device)], dict(image_ids=ids(N, device))
+        "harma_loss", [v, t, *numbers(14, device=device)], dict(image_ids=ids(len(v), device))
     ),
     "triplet": lambda v, t, device: ("triplet_loss", [v, t], {}),
     "adaptive": lambda v, t, device: (
-        "adaptive_triplet_loss", [v, t], dict(gamma=1.5, mask_same_id=True, image_ids=ids(N, device)),
+        "adaptive_triplet_loss", [v, t], dict(gamma=1.5, mask_same_id=True, image_ids=ids(len(v), device)),
     ),
     "sigmoid": lambda v, t, device: ("sigmoid_loss", [v, t, *numbers(10, -10, device=device)], {}),
 }  # fmt: skip
@@ -94,12 +94,39 @@ def test_several_tiles(loss, dtype, device):
     judge(name, tensors, **options)
 
 
-@pytest.mark.parametrize("loss", ("harma", "sigmoid", "rect", "one way"))
-def test_several_bands_and_blocks(loss, device, monkeypatch):
-    """As a batch too large for the workspace is taken; the sums' order is the only difference."""
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Most tiles hold but negatives, and the rows of tiles are several groups, the last of them smaller."""
+    small = plan.Tiles(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, PIECES=2, GROUP=3, num_warps=4, num_stages=3)
+    for module in (tiled.softmax, tiled.pairwise):
+        for each in (module.first_pass, module.second_pass):
+            monkeypatch.setitem(each.__globals__, "tiles", lambda *size, large: small)
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "ids", "harma", "adaptive", "sigmoid"))
+def test_many_tiles(loss, device, small_tiles):
+    """The last row and column of tiles lack one pair."""
+    name, tensors, options = LOSSES[loss](*drawn(127, 127, FP32, device), device)
+    judge(name, tensors, **options)
+
+
+@pytest.mark.parametrize("offset", (31, 33))
+def test_a_positive_in_the_corner_of_a_tile(offset, device, small_tiles):
+    """The last column of a tile with its first row, or the other way around."""
+    image, text = drawn(127, 127, FP32, device)
+    judge("one_way_loss", [image[:64], text, *numbers(14, device=device)], offset=offset)
+
+
+def small_workspace(monkeypatch):
     monkeypatch.setattr(plan, "WORKSPACE", 1)
     monkeypatch.setattr(plan, "BLOCK_ROWS", 64)
     monkeypatch.setattr(plan, "BLOCK_COLUMNS", 40)
+
+
+@pytest.mark.parametrize("loss", ("harma", "sigmoid", "rect", "one way"))
+def test_several_bands_and_blocks(loss, device, monkeypatch):
+    """As a batch too large for the workspace is taken; the sums' order is the only difference."""
+    small_workspace(monkeypatch)
     name, tensors, options = LOSSES[loss](*drawn(N, N, FP32, device), device)
     judge(name, tensors, **options)
 
@@ -120,15 +147,60 @@ def flag(image, text, scale, **options):
         return tiled._softmax_fwd(image, text, scale, None, None, *args.values(), True)[4].item()
 
 
-@pytest.mark.parametrize("loss", ("contrastive", "ids", "harma"))
-def test_scores_too_far_apart_for_one_constant(loss, device):
+@pytest.mark.parametrize("loss, bands", [("contrastive", False), ("ids", True), ("harma", False)])
+def test_scores_too_far_apart_for_one_constant(loss, bands, device, monkeypatch):
     """A row whose scores all lie far below the batch's largest would add up to nothing."""
+    if bands:
+        small_workspace(monkeypatch)
     image, text = (t.clone() for t in drawn(N, N, FP32, device))
     image[3], image[4], text[4] = image[3] / 100, 9 * image[4], 9 * image[4]
     name, tensors, options = LOSSES[loss](image, text, device)
     scale = tensors[2].div_(2)
     assert flag(image, text, scale) == 1
     judge(name, tensors, **options)
+
+
+class Blocks:
+    """A kernel, launched with other blocks."""
+
+    def __init__(self, kernel, **blocks):
+        self.kernel, self.blocks = kernel, blocks
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.kernel[grid](*args, **options | self.blocks)
+
+
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(tiled.softmax, "BLOCK", 16)
+    monkeypatch.setattr(tiled.softmax, "sums_kernel", Blocks(tiled.softmax.sums_kernel, BLOCK_T=1))
+    for module, name in (
+        (prepare, "scalars"), (tiled.softmax, "grad_scalars"), (tiled.softmax, "losses"), (tiled.softmax, "scale_grad"),
+        (tiled.pairwise, "pairwise"),
+    ):  # fmt: skip
+        name += "_kernel"
+        monkeypatch.setattr(module, name, Blocks(getattr(module, name), BLOCK=8))
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
+def test_batches_longer_than_a_block(loss, device, monkeypatch):
+    """The kernels over rows take several steps, and what they look for is in the first."""
+    short_blocks(monkeypatch)
+    image, text = (t.clone() for t in drawn(N, N, FP32, device))
+    if loss == "contrastive":
+        text[1] = image[0] = 9 * image[0]
+    name, tensors, options = LOSSES[loss](image, text, device)
+    judge(name, tensors, **options)
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
+def test_one_side_longer_than_the_other(loss, device):
+    """Their largest elements, hence the powers of two in their parts, and their norms differ."""
+    image, text = drawn(N, N, FP32, device)
+    for factor in (1 / 9, 9):
+        name, tensors, options = LOSSES[loss](factor * image, text / factor, device)
+        judge(name, tensors, **options)
+        if loss == "contrastive":
+            assert [flag(*tensors[:2], scale) for scale in numbers(14, 79, device=device)] == [0, 0]
 
 
 def test_norms_too_large_for_the_triplets_shared_exponential(device):
