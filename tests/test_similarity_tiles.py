@@ -1,6 +1,7 @@
 """The kernels that work through S tile by tile: what a batch of one tile does not show."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import rsfast
 from rsfast.similarity import functional, reference
 from rsfast.testing import assert_within_budget
 from tests.cases import BF16, FP16, FP32
+from tests.test_similarity import test_loss_of_separated_features_is_exact as exactly_separated
 
 plan, prepare, tiled = (pytest.importorskip(f"rsfast.similarity.kernels{name}") for name in (".plan", ".prepare", ""))
 N, D = 150, 8  # two rows of tiles, one or two columns of them
@@ -73,7 +75,7 @@ LOSSES = {
     ),
     "rect": lambda v, t, device: (
         "contrastive_loss", [v[:-10], t, *numbers(14, device=device)],
-        dict(image_ids=ids(len(v) - 10, device), text_ids=ids(len(t), device, 3)),
+        dict(image_ids=ids(len(v) - 10, device), text_ids=ids(len(t), device, 3), label_smoothing=0.1),
     ),
     "one way": lambda v, t, device: ("one_way_loss", [v[:50], t, *numbers(14, device=device)], dict(offset=70)),
     "harma": lambda v, t, device: (
@@ -183,11 +185,11 @@ def short_blocks(monkeypatch):
 
 @pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
 def test_batches_longer_than_a_block(loss, device, monkeypatch):
-    """The kernels over rows take several steps, and what they look for is in the first."""
+    """The kernels over rows take several steps, and the largest is neither in the first block nor in the last step."""
     short_blocks(monkeypatch)
     image, text = (t.clone() for t in drawn(N, N, FP32, device))
     if loss == "contrastive":
-        text[1] = image[0] = 9 * image[0]
+        text[101] = image[100] = 9 * image[100]
     name, tensors, options = LOSSES[loss](image, text, device)
     judge(name, tensors, **options)
 
@@ -209,9 +211,60 @@ def test_norms_too_large_for_the_triplets_shared_exponential(device):
     judge("harma_loss", [30 * image, 30 * text, *numbers(0.1, device=device)])
 
 
+@pytest.mark.parametrize("norm", (3, 3.7, 5))
+def test_the_first_scores_that_are_too_far_apart(norm, device):
+    """Where terms of a sum are flushed to zero, but neither all terms nor all sums."""
+    image, text = (t.clone() for t in drawn(N, N, FP32, device))
+    image[3], image[4], text[4] = image[3] / 100, norm * image[4], norm * image[4]
+    with torch.no_grad():
+        loss = rsfast.contrastive_loss(image, text, *numbers(14, device=device), impl="fused")
+        exact = reference.contrastive_loss(image.double(), text.double(), *numbers(14, device=device))
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_usual_batches_take_the_kernels_without_maxima(device):
     image, text = drawn(N, N, FP32, device, near=0.5)
     assert [flag(image, text, scale) for scale in numbers(1, 14, 50, 79, device=device)] == [0] * 4
+    assert flag(image, text, *numbers(14, device=device), triplet=True, margin=0.2, gamma=2.0, weight=0.5) == 0
+    eye = torch.eye(20, device=device)  # all negatives far below their positives
+    assert [flag(eye, eye, scale) for scale in numbers(100, 170, device=device)] == [0, 0]
+
+
+def test_the_largest_sums_do_not_overflow(device):
+    same = torch.eye(8, device=device)[:1].expand(N, 8)
+    for scale in numbers(79, 100, device=device):
+        with torch.no_grad():
+            loss = rsfast.contrastive_loss(same, same, scale, impl="fused")
+        assert loss.item() == pytest.approx(math.log(N), abs=scale.item() * 2.0**-22)
+
+
+def test_all_of_the_gradient_on_one_side(device):
+    """A text nearer to a stranger, which itself is nearer to its partner: only a column's share bounds G."""
+    image, text = (torch.eye(6, 8, device=device) for _ in "ab")
+    image[0, 0], image[0, 7] = 0.25, 0.97
+    text[0, 0], text[0, 5] = 0.87, 0.5
+    for pair in ((image, text), (text, image)):
+        judge("contrastive_loss", [*pair, *numbers(40, device=device)])
+
+
+@pytest.mark.parametrize("factor", (-(2.0**-40), 2.0**40))
+@pytest.mark.parametrize("loss", ("contrastive", "harma"))
+def test_gradients_are_in_proportion_to_what_comes_back(loss, factor, device):
+    """Bit for bit where that is a power of two, however far from the range of fp16."""
+    name, tensors, options = LOSSES[loss](*drawn(40, 40, FP32, device), device)
+
+    def scaled(factor):
+        leaves = [t.requires_grad_() for t in tensors]
+        y = stacked(getattr(functional, name)(*leaves, impl="fused", **options))
+        return torch.autograd.grad(y, leaves, torch.full_like(y, factor))
+
+    for one, other in zip(scaled(factor), scaled(1.0), strict=True):
+        assert torch.equal(one, factor * other)
+
+
+@pytest.mark.parametrize("scale", (40.0, 72.0))
+def test_loss_of_separated_features_is_exact(scale, device):
+    exactly_separated(scale, FP32, device)
 
 
 def test_gradient_of_separated_pairs_is_not_lost_in_16_bits(device):
