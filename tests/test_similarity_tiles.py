@@ -1,5 +1,6 @@
 """The kernels that work through S tile by tile: what a batch of one tile does not show."""
 
+import functools
 import itertools
 import math
 
@@ -15,7 +16,7 @@ from tests.cases import BF16, FP16, FP32
 from tests.test_similarity import test_loss_of_separated_features_is_exact as exactly_separated
 
 plan, prepare, tiled = (pytest.importorskip(f"rsfast.similarity.kernels{name}") for name in (".plan", ".prepare", ""))
-N, D = 150, 8  # two rows of tiles, one or two columns of them
+N, D = 150, 7  # two rows of tiles, one or two columns of them; rows that need padding
 TEMPERATURE = torch.tensor(14.0)
 
 
@@ -75,9 +76,11 @@ LOSSES = {
     ),
     "rect": lambda v, t, device: (
         "contrastive_loss", [v[:-10], t, *numbers(14, device=device)],
-        dict(image_ids=ids(len(v) - 10, device), text_ids=ids(len(t), device, 3), label_smoothing=0.1),
+        dict(image_ids=ids(len(v) - 10, device, 3), text_ids=2 * ids(len(t), device, 3), label_smoothing=0.1),
     ),
-    "one way": lambda v, t, device: ("one_way_loss", [v[:50], t, *numbers(14, device=device)], dict(offset=70)),
+    "one way": lambda v, t, device: (
+        "one_way_loss", [v[: len(v) // 3], t, *numbers(14, device=device)], dict(offset=len(v) // 2)
+    ),
     "harma": lambda v, t, device: (
         "harma_loss", [v, t, *numbers(14, device=device)], dict(image_ids=ids(len(v), device))
     ),
@@ -115,7 +118,7 @@ def test_many_tiles(loss, device, small_tiles):
 @pytest.mark.parametrize("offset", (31, 33))
 def test_a_positive_in_the_corner_of_a_tile(offset, device, small_tiles):
     """The last column of a tile with its first row, or the other way around."""
-    image, text = drawn(127, 127, FP32, device)
+    image, text = drawn(191, 191, FP32, device)
     judge("one_way_loss", [image[:64], text, *numbers(14, device=device)], offset=offset)
 
 
@@ -197,7 +200,7 @@ def test_batches_longer_than_a_block(loss, device, monkeypatch):
 @pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
 def test_one_side_longer_than_the_other(loss, device):
     """Their largest elements, hence the powers of two in their parts, and their norms differ."""
-    image, text = drawn(N, N, FP32, device)
+    image, text = drawn(60, 60, FP32, device)
     for factor in (1 / 9, 9):
         name, tensors, options = LOSSES[loss](factor * image, text / factor, device)
         judge(name, tensors, **options)
@@ -223,11 +226,42 @@ def test_the_first_scores_that_are_too_far_apart(norm, device):
 
 
 def test_usual_batches_take_the_kernels_without_maxima(device):
-    image, text = drawn(N, N, FP32, device, near=0.5)
+    image, text = drawn(60, 60, FP32, device, near=0.5)
     assert [flag(image, text, scale) for scale in numbers(1, 14, 50, 79, device=device)] == [0] * 4
     assert flag(image, text, *numbers(14, device=device), triplet=True, margin=0.2, gamma=2.0, weight=0.5) == 0
     eye = torch.eye(20, device=device)  # all negatives far below their positives
     assert [flag(eye, eye, scale) for scale in numbers(100, 170, device=device)] == [0, 0]
+    assert flag(30 * image, 30 * text, *numbers(0.01, device=device)) == 0
+
+
+def test_where_a_sum_counts_as_lost(device):
+    """Its 19 terms are 2^-105, or 2^-107, and 20 times 2^-106 is the border; other positives outweigh theirs."""
+    text = torch.eye(20, device=device)
+    image = text.clone()
+    image[3] /= 100
+    assert [flag(image, text, scale) for scale in numbers(154.76, 156.15, device=device)] == [0, 1]
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
+def test_one_gradient_alone(loss, device):
+    name, tensors, options = LOSSES[loss](*drawn(20, 20, FP32, device), device)
+    fused = functools.partial(getattr(functional, name), impl="fused", **options)
+    _, *expected = gradients(fused, tensors)
+    for i, together in enumerate(expected):
+        leaves = [t.detach().requires_grad_(i == at) for at, t in enumerate(tensors)]
+        (alone,) = torch.autograd.grad(fused(*leaves), leaves[i])
+        assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("loss", ("triplet", "adaptive", "sigmoid"))
+def test_losses_without_gradients(loss, device):
+    """They come from another kernel."""
+    for norm in (1, 30):
+        image, text = drawn(60, 60, FP32, device)
+        name, tensors, options = LOSSES[loss](norm * image, norm * text, device)
+        fused = functools.partial(getattr(functional, name), impl="fused", **options)
+        plain = fused(*tensors)
+        assert plain.item() == pytest.approx(fused(tensors[0].requires_grad_(), *tensors[1:]).item(), rel=1e-6)
 
 
 def test_the_largest_sums_do_not_overflow(device):
@@ -299,7 +333,7 @@ def seen(monkeypatch):
 
 @each_loss
 def test_never_waits_for_the_gpu(loss, device, seen):
-    name, tensors, options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    name, tensors, options = LOSSES[loss](*drawn(40, 40, BF16, device), device)
     seen.clear()
     gradients(getattr(functional, name), tensors, impl="fused", **options)
     waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal")
@@ -311,7 +345,7 @@ def test_never_waits_for_the_gpu(loss, device, seen):
 
 @each_loss
 def test_a_frozen_side_costs_no_product(loss, device, seen):
-    name, (image, text, *rest), options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    name, (image, text, *rest), options = LOSSES[loss](*drawn(40, 40, BF16, device), device)
     counts = []
     for frozen in ((), (0,), (1,), (0, 1)):
         leaves = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate((image, text, *rest))]
