@@ -86,7 +86,8 @@ LOSSES = {
     ),
     "triplet": lambda v, t, device: ("triplet_loss", [v, t], {}),
     "adaptive": lambda v, t, device: (
-        "adaptive_triplet_loss", [v, t], dict(gamma=1.5, mask_same_id=True, image_ids=ids(len(v), device)),
+        "adaptive_triplet_loss", [v, t],
+        dict(gamma=1.5, mask_same_id=True, image_ids=ids(len(v), device), text_ids=ids(len(t), device, 3)),
     ),
     "sigmoid": lambda v, t, device: ("sigmoid_loss", [v, t, *numbers(10, -10, device=device)], {}),
 }  # fmt: skip
@@ -311,6 +312,16 @@ def test_gradient_of_separated_pairs_is_not_lost_in_16_bits(device):
         assert 0 < gold.abs().max() < 1
         error = (ours.double() - gold).norm() / gold.norm()
         assert error < 2 * torch.finfo(dtype).eps if dtype != FP32 else error < 1e-4
+
+
+def test_small_gradients_next_to_large_ones(device):
+    """Two pairs are alike; of all others' gradients fp16 next to 1 would hold a bit or two."""
+    image, text = (torch.eye(20, 24, device=device) for _ in "ab")
+    image[1], text[1] = image[0], text[0]
+    tensors = [image, text, *numbers(16, device=device)]
+    _, gold, *_ = gradients(reference.contrastive_loss, [t.double() for t in tensors])
+    _, ours, *_ = gradients(functools.partial(rsfast.contrastive_loss, impl="fused"), tensors)
+    torch.testing.assert_close(ours[2:].double(), gold[2:], rtol=1e-5, atol=0)
 
 
 @pytest.fixture
