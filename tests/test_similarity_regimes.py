@@ -100,7 +100,7 @@ def test_ids(name, ids, device):
 
 
 @pytest.mark.parametrize("margin", (-0.1, 0.0, 0.3, 1.5, 5.0))
-@pytest.mark.parametrize("gamma", (0.0, 0.5, 3.0))
+@pytest.mark.parametrize("gamma", (0.0, 0.5, 1.0, 3.0))
 def test_margins_and_exponents(margin, gamma, device):
     judged(
         "adaptive_triplet_loss", (9, 24), FP32, device, pack=lambda tensors: (tensors, dict(margin=margin, gamma=gamma))

@@ -1,6 +1,8 @@
 """The kernels that work through S tile by tile: what a batch of one tile does not show."""
 
+import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ import rsfast
 from rsfast.similarity import functional, reference
 from rsfast.testing import assert_within_budget
 from tests.cases import BF16, FP16, FP32
+from tests.test_similarity import test_loss_of_separated_features_is_exact as exactly_separated
 
 plan, prepare, tiled = (pytest.importorskip(f"rsfast.similarity.kernels{name}") for name in (".plan", ".prepare", ""))
-N, D = 150, 8  # two rows of tiles, one or two columns of them
+N, D = 150, 7  # two rows of tiles, one or two columns of them; rows that need padding
 TEMPERATURE = torch.tensor(14.0)
 
 
@@ -69,19 +72,22 @@ LOSSES = {
     "contrastive": lambda v, t, device: ("contrastive_loss", [v, t, *numbers(14, device=device)], {}),
     "ids": lambda v, t, device: (
         "contrastive_loss", [v, t, *numbers(14, device=device)],
-        dict(image_ids=ids(N, device), label_smoothing=0.1),
+        dict(image_ids=ids(len(v), device), label_smoothing=0.1),
     ),
     "rect": lambda v, t, device: (
-        "contrastive_loss", [v[:140], t, *numbers(14, device=device)],
-        dict(image_ids=ids(140, device), text_ids=ids(N, device, 3)),
+        "contrastive_loss", [v[:-10], t, *numbers(14, device=device)],
+        dict(image_ids=ids(len(v) - 10, device, 3), text_ids=2 * ids(len(t), device, 3), label_smoothing=0.1),
     ),
-    "one way": lambda v, t, device: ("one_way_loss", [v[:50], t, *numbers(14, device=device)], dict(offset=70)),
+    "one way": lambda v, t, device: (
+        "one_way_loss", [v[: len(v) // 3], t, *numbers(14, device=device)], dict(offset=len(v) // 2)
+    ),
     "harma": lambda v, t, device: (
-        "harma_loss", [v, t, *numbers(14, device=device)], dict(image_ids=ids(N, device))
+        "harma_loss", [v, t, *numbers(14, device=device)], dict(image_ids=ids(len(v), device))
     ),
     "triplet": lambda v, t, device: ("triplet_loss", [v, t], {}),
     "adaptive": lambda v, t, device: (
-        "adaptive_triplet_loss", [v, t], dict(gamma=1.5, mask_same_id=True, image_ids=ids(N, device)),
+        "adaptive_triplet_loss", [v, t],
+        dict(gamma=1.5, mask_same_id=True, image_ids=ids(len(v), device), text_ids=ids(len(t), device, 3)),
     ),
     "sigmoid": lambda v, t, device: ("sigmoid_loss", [v, t, *numbers(10, -10, device=device)], {}),
 }  # fmt: skip
@@ -94,12 +100,39 @@ def test_several_tiles(loss, dtype, device):
     judge(name, tensors, **options)
 
 
-@pytest.mark.parametrize("loss", ("harma", "sigmoid", "rect", "one way"))
-def test_several_bands_and_blocks(loss, device, monkeypatch):
-    """As a batch too large for the workspace is taken; the sums' order is the only difference."""
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Most tiles hold but negatives, and the rows of tiles are several groups, the last of them smaller."""
+    small = plan.Tiles(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, PIECES=2, GROUP=3, num_warps=4, num_stages=3)
+    for module in (tiled.softmax, tiled.pairwise):
+        for each in (module.first_pass, module.second_pass):
+            monkeypatch.setitem(each.__globals__, "tiles", lambda *size, large: small)
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "ids", "harma", "adaptive", "sigmoid"))
+def test_many_tiles(loss, device, small_tiles):
+    """The last row and column of tiles lack one pair."""
+    name, tensors, options = LOSSES[loss](*drawn(127, 127, FP32, device), device)
+    judge(name, tensors, **options)
+
+
+@pytest.mark.parametrize("offset", (31, 33))
+def test_a_positive_in_the_corner_of_a_tile(offset, device, small_tiles):
+    """The last column of a tile with its first row, or the other way around."""
+    image, text = drawn(191, 191, FP32, device)
+    judge("one_way_loss", [image[:64], text, *numbers(14, device=device)], offset=offset)
+
+
+def small_workspace(monkeypatch):
     monkeypatch.setattr(plan, "WORKSPACE", 1)
     monkeypatch.setattr(plan, "BLOCK_ROWS", 64)
     monkeypatch.setattr(plan, "BLOCK_COLUMNS", 40)
+
+
+@pytest.mark.parametrize("loss", ("harma", "sigmoid", "rect", "one way"))
+def test_several_bands_and_blocks(loss, device, monkeypatch):
+    """As a batch too large for the workspace is taken; the sums' order is the only difference."""
+    small_workspace(monkeypatch)
     name, tensors, options = LOSSES[loss](*drawn(N, N, FP32, device), device)
     judge(name, tensors, **options)
 
@@ -120,9 +153,11 @@ def flag(image, text, scale, **options):
         return tiled._softmax_fwd(image, text, scale, None, None, *args.values(), True)[5].item()
 
 
-@pytest.mark.parametrize("loss", ("contrastive", "ids", "harma"))
-def test_scores_too_far_apart_for_one_constant(loss, device):
+@pytest.mark.parametrize("loss, bands", [("contrastive", False), ("ids", True), ("harma", False)])
+def test_scores_too_far_apart_for_one_constant(loss, bands, device, monkeypatch):
     """A row whose scores all lie far below the batch's largest would add up to nothing."""
+    if bands:
+        small_workspace(monkeypatch)
     image, text = (t.clone() for t in drawn(N, N, FP32, device))
     image[3], image[4], text[4] = image[3] / 100, 9 * image[4], 9 * image[4]
     name, tensors, options = LOSSES[loss](image, text, device)
@@ -131,15 +166,140 @@ def test_scores_too_far_apart_for_one_constant(loss, device):
     judge(name, tensors, **options)
 
 
+class Blocks:
+    """A kernel, launched with other blocks."""
+
+    def __init__(self, kernel, **blocks):
+        self.kernel, self.blocks = kernel, blocks
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.kernel[grid](*args, **options | self.blocks)
+
+
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(tiled.softmax, "BLOCK", 16)
+    monkeypatch.setattr(tiled.softmax, "sums_kernel", Blocks(tiled.softmax.sums_kernel, BLOCK_T=1))
+    for module, name in (
+        (prepare, "scalars"), (tiled.softmax, "grad_scalars"), (tiled.softmax, "losses"), (tiled.softmax, "scale_grad"),
+        (tiled.pairwise, "pairwise"),
+    ):  # fmt: skip
+        name += "_kernel"
+        monkeypatch.setattr(module, name, Blocks(getattr(module, name), BLOCK=8))
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
+def test_batches_longer_than_a_block(loss, device, monkeypatch):
+    """The kernels over rows take several steps, and the largest is neither in the first block nor in the last step."""
+    short_blocks(monkeypatch)
+    image, text = (t.clone() for t in drawn(N, N, FP32, device))
+    if loss == "contrastive":
+        text[101] = image[100] = 9 * image[100]
+    name, tensors, options = LOSSES[loss](image, text, device)
+    judge(name, tensors, **options)
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
+def test_one_side_longer_than_the_other(loss, device):
+    """Their largest elements, hence the powers of two in their parts, and their norms differ."""
+    image, text = drawn(60, 60, FP32, device)
+    for factor in (1 / 9, 9):
+        name, tensors, options = LOSSES[loss](factor * image, text / factor, device)
+        judge(name, tensors, **options)
+        if loss == "contrastive":
+            assert [flag(*tensors[:2], scale) for scale in numbers(14, 79, device=device)] == [0, 0]
+
+
 def test_norms_too_large_for_the_triplets_shared_exponential(device):
     image, text = drawn(N, N, FP32, device)
     judge("adaptive_triplet_loss", [30 * image, 30 * text])
     judge("harma_loss", [30 * image, 30 * text, *numbers(0.1, device=device)])
 
 
+@pytest.mark.parametrize("norm", (3, 3.7, 5))
+def test_the_first_scores_that_are_too_far_apart(norm, device):
+    """Where terms of a sum are flushed to zero, but neither all terms nor all sums."""
+    image, text = (t.clone() for t in drawn(N, N, FP32, device))
+    image[3], image[4], text[4] = image[3] / 100, norm * image[4], norm * image[4]
+    with torch.no_grad():
+        loss = rsfast.contrastive_loss(image, text, *numbers(14, device=device), impl="fused")
+        exact = reference.contrastive_loss(image.double(), text.double(), *numbers(14, device=device))
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_usual_batches_take_the_kernels_without_maxima(device):
-    image, text = drawn(N, N, FP32, device, near=0.5)
+    image, text = drawn(60, 60, FP32, device, near=0.5)
     assert [flag(image, text, scale) for scale in numbers(1, 14, 50, 79, device=device)] == [0] * 4
+    assert flag(image, text, *numbers(14, device=device), triplet=True, margin=0.2, gamma=2.0, weight=0.5) == 0
+    eye = torch.eye(20, device=device)  # all negatives far below their positives
+    assert [flag(eye, eye, scale) for scale in numbers(100, 170, device=device)] == [0, 0]
+    assert flag(30 * image, 30 * text, *numbers(0.01, device=device)) == 0
+
+
+def test_where_a_sum_counts_as_lost(device):
+    """Its 19 terms are 2^-105, or 2^-107, and 20 times 2^-106 is the border; other positives outweigh theirs."""
+    text = torch.eye(20, device=device)
+    image = text.clone()
+    image[3] /= 100
+    assert [flag(image, text, scale) for scale in numbers(154.76, 156.15, device=device)] == [0, 1]
+
+
+@pytest.mark.parametrize("loss", ("contrastive", "sigmoid"))
+def test_one_gradient_alone(loss, device):
+    name, tensors, options = LOSSES[loss](*drawn(20, 20, FP32, device), device)
+    fused = functools.partial(getattr(functional, name), impl="fused", **options)
+    _, *expected = gradients(fused, tensors)
+    for i, together in enumerate(expected):
+        leaves = [t.detach().requires_grad_(i == at) for at, t in enumerate(tensors)]
+        (alone,) = torch.autograd.grad(fused(*leaves), leaves[i])
+        assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("loss", ("triplet", "adaptive", "sigmoid"))
+def test_losses_without_gradients(loss, device):
+    """They come from another kernel."""
+    for norm in (1, 30):
+        image, text = drawn(60, 60, FP32, device)
+        name, tensors, options = LOSSES[loss](norm * image, norm * text, device)
+        fused = functools.partial(getattr(functional, name), impl="fused", **options)
+        plain = fused(*tensors)
+        assert plain.item() == pytest.approx(fused(tensors[0].requires_grad_(), *tensors[1:]).item(), rel=1e-6)
+
+
+def test_the_largest_sums_do_not_overflow(device):
+    same = torch.eye(8, device=device)[:1].expand(N, 8)
+    for scale in numbers(79, 100, device=device):
+        with torch.no_grad():
+            loss = rsfast.contrastive_loss(same, same, scale, impl="fused")
+        assert loss.item() == pytest.approx(math.log(N), abs=scale.item() * 2.0**-22)
+
+
+def test_all_of_the_gradient_on_one_side(device):
+    """A text nearer to a stranger, which itself is nearer to its partner: only a column's share bounds G."""
+    image, text = (torch.eye(6, 8, device=device) for _ in "ab")
+    image[0, 0], image[0, 7] = 0.25, 0.97
+    text[0, 0], text[0, 5] = 0.87, 0.5
+    for pair in ((image, text), (text, image)):
+        judge("contrastive_loss", [*pair, *numbers(40, device=device)])
+
+
+@pytest.mark.parametrize("factor", (-(2.0**-40), 2.0**40))
+@pytest.mark.parametrize("loss", ("contrastive", "harma"))
+def test_gradients_are_in_proportion_to_what_comes_back(loss, factor, device):
+    """Bit for bit where that is a power of two, however far from the range of fp16."""
+    name, tensors, options = LOSSES[loss](*drawn(40, 40, FP32, device), device)
+
+    def scaled(factor):
+        leaves = [t.requires_grad_() for t in tensors]
+        y = stacked(getattr(functional, name)(*leaves, impl="fused", **options))
+        return torch.autograd.grad(y, leaves, torch.full_like(y, factor))
+
+    for one, other in zip(scaled(factor), scaled(1.0), strict=True):
+        assert torch.equal(one, factor * other)
+
+
+@pytest.mark.parametrize("scale", (40.0, 72.0))
+def test_loss_of_separated_features_is_exact(scale, device):
+    exactly_separated(scale, FP32, device)
 
 
 def test_gradient_of_separated_pairs_is_not_lost_in_16_bits(device):
@@ -152,6 +312,16 @@ def test_gradient_of_separated_pairs_is_not_lost_in_16_bits(device):
         assert 0 < gold.abs().max() < 1
         error = (ours.double() - gold).norm() / gold.norm()
         assert error < 2 * torch.finfo(dtype).eps if dtype != FP32 else error < 1e-4
+
+
+def test_small_gradients_next_to_large_ones(device):
+    """Two pairs are alike; of all others' gradients fp16 next to 1 would hold a bit or two."""
+    image, text = (torch.eye(20, 24, device=device) for _ in "ab")
+    image[1], text[1] = image[0], text[0]
+    tensors = [image, text, *numbers(16, device=device)]
+    _, gold, *_ = gradients(reference.contrastive_loss, [t.double() for t in tensors])
+    _, ours, *_ = gradients(functools.partial(rsfast.contrastive_loss, impl="fused"), tensors)
+    torch.testing.assert_close(ours[2:].double(), gold[2:], rtol=1e-5, atol=0)
 
 
 @pytest.fixture
@@ -174,7 +344,7 @@ def seen(monkeypatch):
 
 @each_loss
 def test_never_waits_for_the_gpu(loss, device, seen):
-    name, tensors, options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    name, tensors, options = LOSSES[loss](*drawn(40, 40, BF16, device), device)
     seen.clear()
     gradients(getattr(functional, name), tensors, impl="fused", **options)
     waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal")
@@ -186,7 +356,7 @@ def test_never_waits_for_the_gpu(loss, device, seen):
 
 @each_loss
 def test_a_frozen_side_costs_no_product(loss, device, seen):
-    name, (image, text, *rest), options = LOSSES[loss](*drawn(N, N, BF16, device), device)
+    name, (image, text, *rest), options = LOSSES[loss](*drawn(40, 40, BF16, device), device)
     counts = []
     for frozen in ((), (0,), (1,), (0, 1)):
         leaves = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate((image, text, *rest))]
