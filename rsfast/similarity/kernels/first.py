@@ -22,7 +22,7 @@ def first_pass(
         targets: Ids of both sides and the share of each positive in its row and column, or four None.
     """
     N, M, device = batch.N, batch.M, batch.device
-    plan = tiles(device, N, M, batch.width, large=not (softmax and triplet and exact))
+    plan = tiles(device, N, M, batch.width, large=not (softmax and exact))
     band = band_rows(plan, N, M)
     ids_a, ids_b, share_a, share_b = targets
     row_sums, column_sums, totals = [], [], []
