@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PARTS = ("tests", "memcheck", "racecheck", "ops", "losses", "step")  # benchmarks get the time that is left
 AT_MOST = {"tests": 240.0, "memcheck": 60.0, "racecheck": 45.0}  # seconds, so that no part eats the others
 KEPT_FOR = {"losses": 150.0, "step": 90.0}  # seconds that the benchmarks before leave, if there is so much
+KERNELS = ("contract", "adapter", "similarity*")  # tests that a GPU sees more of than a CPU
 SAMPLE = (
     "gated_adapter", "gated_adapter_shared", "gated_adapter_shared_lengths",
     "harma_loss_ids", "contrastive_loss", "triplet_loss_hardest", "sigmoid_loss",
@@ -36,8 +37,10 @@ def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     chosen = ["-k", args.k] if args.k else []
     if part == "tests":
-        several = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # kernels compile on the CPU
-        return [*pytest, "tests", *several, *chosen]
+        several = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # kernels compile on the CPU
+        files = [str(path.relative_to(ROOT)) for name in KERNELS for path in sorted(ROOT.glob(f"tests/test_{name}.py"))]
+        # a barrier that never opens would hang: then the log says where
+        return [*pytest, "-o", "faulthandler_timeout=60", *files, *several, *chosen]
     if part in ("memcheck", "racecheck"):
         tool = ["compute-sanitizer", "--tool", part, "--error-exitcode", "1", "--target-processes", "all"]
         return [*tool, sys.executable, "-m", "benchmarks.gpu", "--sample"]

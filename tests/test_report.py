@@ -231,7 +231,10 @@ def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options, 
     outcomes, calls = started(0, options)
     assert list(outcomes) == list(gpu.PARTS) and set(outcomes.values()) == {"passed"}
     tests, memcheck, _, ops, losses, step = (argv for argv, _ in calls)
-    assert "tests" in tests and memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
+    assert {"tests/test_contract.py", "tests/test_similarity_small.py"} <= set(
+        tests
+    ) and "tests/test_cli.py" not in tests
+    assert memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
     for name, argv in (("ops", ops), ("losses", losses), ("step", step)):
         assert f"benchmarks/bench_{name}.py" in argv
         assert argv[argv.index("--commit") + 1] == "abc" and argv[argv.index("-k") + 1] == "gated"
