@@ -45,23 +45,21 @@ def _parts(x, up, dtype: tl.constexpr):
 
 @triton.jit
 def _product(a, a_low, b, b_low, acc, FP32: tl.constexpr):
-    """acc + a @ b; low times low is below fp32's last bit."""
-    acc = dot(a, b, acc)
+    """acc + a @ b, small products first, so that they round less; low times low is below fp32's last bit."""
     if FP32:
         acc = dot(a, b_low, acc)
         acc = dot(a_low, b, acc)
-    return acc
+    return dot(a, b, acc)
 
 
 @triton.jit
 def _times_product(factor, a, a_low, b, b_low, acc, FP32: tl.constexpr):
     """acc + factor * a @ b. The factor parts the products: one that feeds the next is laid out for 128 rows."""
     zero = tl.zeros(acc.shape, tl.float32)
-    acc += factor * dot(a, b, zero)
     if FP32:
         acc += factor * dot(a, b_low, zero)
         acc += factor * dot(a_low, b, zero)
-    return acc
+    return acc + factor * dot(a, b, zero)
 
 
 @triton.jit

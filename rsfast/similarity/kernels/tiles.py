@@ -42,9 +42,9 @@ def scores(a, b, row, column, rows, columns, width, PARTS: tl.constexpr, TMA: tl
             acc = dot(x, _operand(b, column, k, columns, width, TMA, BLOCK_N, BLOCK_K).T, acc)
     else:
         half = width // 2
-        for k in tl.range(0, 3 * half, BLOCK_K):  # high high + high low + low high
-            ka = tl.where(k < half, k, k - half)
-            kb = tl.where(k < 2 * half, k, k - 2 * half)
+        for k in tl.range(0, 3 * half, BLOCK_K):  # high low + low high + high high: the small first, to round less
+            ka = tl.where(k < 2 * half, k, k - 2 * half)
+            kb = tl.where(k < half, k + half, k - half - tl.where(k < 2 * half, 0, half))
             x = _operand(a, row, ka, rows, width, TMA, BLOCK_M, BLOCK_K)
             acc = dot(x, _operand(b, column, kb, columns, width, TMA, BLOCK_N, BLOCK_K).T, acc)
     return acc
