@@ -1,6 +1,15 @@
 """Fused kernels for adapting vision-language models to remote sensing."""
 
 from rsfast.adapter import GatedAdapter, SharedAdapter, SharedWeights, gated_adapter
+from rsfast.lora import (
+    AdapterBatch,
+    BatchedLoRALinear,
+    LoRALinear,
+    batched_lora_linear,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+)
 from rsfast.similarity import (
     AdaptiveTripletLoss,
     ContrastiveLoss,
@@ -18,10 +27,13 @@ from rsfast.similarity import (
 )
 
 __all__ = [
+    "AdapterBatch",
     "AdaptiveTripletLoss",
+    "BatchedLoRALinear",
     "ContrastiveLoss",
     "GatedAdapter",
     "HarMALoss",
+    "LoRALinear",
     "SharedAdapter",
     "SharedWeights",
     "SigmoidLoss",
@@ -29,9 +41,13 @@ __all__ = [
     "adaptive_triplet_loss",
     "affiliation_loss",
     "alignment_loss",
+    "batched_lora_linear",
     "contrastive_loss",
     "gated_adapter",
     "harma_loss",
+    "lora_expand",
+    "lora_linear",
+    "lora_shrink",
     "sigmoid_loss",
     "triplet_loss",
     "uniformity_loss",

@@ -23,6 +23,10 @@ PROBES = {  # a shape that the recipes use, for each operation with a choice of 
     "harma_loss": (428, 512),
     "sigmoid_loss": (428, 512),
     "uniformity_loss": (428, 512),
+    "lora_linear": (12800, 768),
+    "batched_lora_linear": (12800, 768),
+    "lora_shrink": (12800, 768),
+    "lora_expand": (12800, 16),
 }
 
 

@@ -31,7 +31,6 @@ TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-ENOUGH = {2: 2, 1: 1536}  # the number of samples changes no kernel; that of pairs does where one tile each is too few
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 NOW = []  # the architectures launches were recorded for, so far
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KB a program may use
@@ -54,7 +53,7 @@ def record(cases, dtypes, target):
         for case, dtype in itertools.product(cases, dtypes):
             shapes = (*case.large, case.small[0]) if case.large else case.small
             for n, *others in shapes if len(shapes[0]) == 3 else case.large or case.small[-1:]:
-                _call(case, (min(n, ENOUGH[len(others)]), *others), dtype)
+                _call(case, (min(n, case.enough), *others), dtype)
     finally:
         JITFunction.run = original
     return list(launches)

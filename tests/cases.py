@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import rsfast
 from rsfast.adapter import reference as adapter
+from rsfast.lora import reference as lora
 from rsfast.similarity import functional
 from rsfast.similarity import reference as similarity
 
@@ -32,6 +33,7 @@ class Case:
     small: tuple = ()  # shapes for tests: aligned, odd, ones, empty, and both sides of a kernel's choices
     large: tuple = ()  # shapes for benchmarks
     dtypes: tuple = (FP32, FP16, BF16)
+    enough: int = 2  # first dimension beyond which the kernels stay the same
     tiny: tuple = ()  # shape for the tests of how it is wired to PyTorch; rows without one only differ in size
 
     def __str__(self):
@@ -221,6 +223,96 @@ def _loss(
         small=small,
         large=large,
         dtypes=dtypes,
+        enough=1536,
+        tiny=tiny,
+    )
+
+
+def some_ids(shape, adapters):
+    """Every adapter and none of them, in no order."""
+    return (7 * torch.arange(math.prod(shape)) % (adapters + 1) - 1).view(shape)
+
+
+def _factors(width, outputs, rank, parts, adapted, adapters):
+    several = (adapters,) * bool(adapters)
+    return [
+        ((*several, parts * rank, width), 1 / math.sqrt(width)),
+        ((*several, adapted, rank), 1 / math.sqrt(rank)),
+    ]  # fmt: skip
+
+
+def _lora(
+    name="", *, rank=8, adapters=0, by_token=False, dropout_p=0.0, slices=None, bias=True, mixed=False, ranks=None,
+    small=((33, 40, 24),), large=(), dtypes=(FP32, BF16), tiny=(),
+):  # fmt: skip
+    """Row of a linear layer with LoRA, of shape (tokens, K, N); with ``adapters`` (samples, tokens, K, N).
+
+    ``slices`` are shares of N; ``ranks`` those of the adapters, if they differ.
+    """
+    public = rsfast.batched_lora_linear if adapters else rsfast.lora_linear
+    names = ("x", "weight", *["bias"] * bias, "lora_A", "lora_B")
+
+    def columns(outputs):
+        return None if slices is None else tuple((round(a * outputs), round(b * outputs)) for a, b in slices)
+
+    def inputs(shape, dtype, device):
+        *tokens, width, outputs = shape
+        parts, adapted = 1, outputs
+        if slices is not None:
+            parts, adapted = len(slices), sum(end - start for start, end in columns(outputs))
+        x, weight, *b = _draw(
+            [((*tokens, width), 1), ((outputs, width), 1 / math.sqrt(width)), ((outputs,), 0.3)][: 2 + bias],
+            dtype, device,
+        )  # fmt: skip
+        wide = FP32 if mixed and dtype != torch.float64 else dtype
+        A, B = _draw(_factors(width, outputs, rank, parts, adapted, adapters), wide, device)
+        for g, r in enumerate(ranks or ()):
+            A.view(adapters, parts, rank, width)[g, :, r:] = 0
+            B[g, :, r:] = 0
+        return x, weight, *b, A, B
+
+    def pack(tensors):
+        x, weight, *b, A, B = tensors
+        options = dict(dropout_p=dropout_p, seed=torch.full((), 2**40 + 7, device=x.device)) if dropout_p else {}
+        if slices is not None:
+            options |= dict(slices=columns(len(weight)))
+        if not adapters:
+            return (x, weight, b[0] if bias else None, A, B, 1.7), options
+        scaling = torch.linspace(0.5, 2, adapters).to(x)  # in the dtype of x, for the oracle has one too
+        ids = some_ids(x.shape[:-1] if by_token else x.shape[:1], adapters).to(x.device)
+        return (x, weight, b[0] if bias else None, A, B, scaling, ids), options
+
+    def io_bytes(shape, itemsize, backward=False):
+        *tokens, width, outputs = shape
+        m, parts = math.prod(tokens), len(slices or (0,))
+        weights = outputs * width + max(adapters, 1) * rank * (parts * width + outputs)
+        # x in, y out; backward: dy and x in, dx out; s in either, and what dropout kept, one bit an element
+        each = m * (width + outputs + parts * rank) + weights + backward * (m * width + weights - outputs * width)
+        return round(each * itemsize + (m * width / 8 if dropout_p else 0))
+
+    def flops(shape, backward=False):
+        *tokens, width, outputs = shape
+        m, parts = math.prod(tokens), len(slices or (0,))
+        adapted = outputs if slices is None else sum(end - start for start, end in columns(outputs))
+        # base and LoRA; backward, the base being frozen: dx as large as the forward, and the factors' gradients
+        low = 2 * m * rank * (parts * width + adapted)
+        return 2 * m * width * outputs + (2 if backward else 1) * low
+
+    return Case(
+        f"{public.__name__}{name}",
+        public,
+        getattr(lora, public.__name__),
+        names,
+        inputs,
+        pack,
+        terms=lambda shape: max(*shape, math.prod(shape[:-2])),
+        io_bytes=io_bytes,
+        flops=flops,
+        scalars=lambda shape: {},
+        small=small,
+        large=large,
+        dtypes=dtypes,
+        enough=1024,
         tiny=tiny,
     )
 
@@ -237,6 +329,7 @@ EVERY = (FP32, FP16, BF16)
 HARMA_PAIRS, PAIRS = ((32768, 512), (428, 512)), ((65536, 512), (428, 512))
 ALL_PAIRS = ((65536, 512), (32768, 512), (428, 512), (65536, 1024), (16384, 512), (4096, 512), (1048576, 512))
 MAIN = dict(dtypes=EVERY, tiny=(7, 13))
+EVERY_LORA, EVERY_SAMPLE = dict(dtypes=EVERY, tiny=(7, 24, 9)), dict(dtypes=EVERY, tiny=(3, 4, 24, 9))
 
 CASES = [
     _adapter("", small=((1, 16, 32), ODD, ONES, EMPTY, (1, 64, 24), LONG), large=VISION + LONG_VISION + TEXT),
@@ -269,4 +362,22 @@ CASES = [
     _loss("sigmoid_loss", **MAIN, large=((65536, 768),)),
     _loss("one_way_sigmoid_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
     _loss("uniformity_loss", **MAIN, large=((65536, 512),)),
+    _lora(rank=16, small=((64, 32, 48), (37, 41, 29), (1, 1, 1), (0, 24, 16)), **EVERY_LORA),
+    _lora("_rank3", rank=3, bias=False, mixed=True),
+    _lora("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
+    _lora("_dropout", dropout_p=0.3, tiny=(7, 24, 9), small=((33, 40, 24), (5, 13, 7))),
+    _lora("_qv", slices=((0, 1 / 3), (2 / 3, 1)), rank=4, tiny=(7, 24, 9), small=((33, 40, 96), (5, 13, 9))),
+    _lora(
+        "", adapters=3, rank=8, small=((5, 9, 40, 24), (2, 131, 24, 17), (1, 1, 1, 1), (0, 3, 24, 16)), **EVERY_SAMPLE
+    ),
+    _lora("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
+    _lora(
+        "_dropout_qv",
+        adapters=2,
+        dropout_p=0.3,
+        slices=((0, 1 / 3), (2 / 3, 1)),
+        rank=4,
+        small=((3, 13, 40, 30),),
+        dtypes=(FP32,),
+    ),
 ]

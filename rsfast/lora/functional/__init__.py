@@ -1,0 +1,7 @@
+"""The operations of this family: contract, checks, choice."""
+
+from rsfast.lora.functional.batch import AdapterBatch
+from rsfast.lora.functional.linear import batched_lora_linear, lora_linear
+from rsfast.lora.functional.parts import lora_expand, lora_shrink
+
+__all__ = ["AdapterBatch", "batched_lora_linear", "lora_expand", "lora_linear", "lora_shrink"]

@@ -1,0 +1,84 @@
+"""Which adapter every token of a batch uses, in the order in which the kernels want to know it."""
+
+import torch
+from torch import Tensor
+
+TILE = 128  # rows that one tile of a product takes, in the batch's order
+FINE, COARSE = 256, 2048  # rows of one adapter that a program takes, in the order of the adapters
+
+
+class AdapterBatch:
+    """Adapter ids of a batch, with what the kernels derive from them; made once, used by every layer.
+
+    What is derived has a size that depends on shapes only and is computed on the ids' device without waiting for it, so
+    a CUDA graph can hold it. It is kept for each number of tokens a sample that layers ask for.
+
+    Args:
+        adapter_ids: int32 or int64; one a sample, or one a token in the shape of the layers' input without its width.
+            -1 uses the base model alone.
+        num_adapters: How many there are; an id must be below. Ids on the CPU are checked here; on a GPU by an
+            asynchronous assertion, as an index of ``nn.Embedding`` is.
+
+    Raises:
+        ValueError: The ids are no integers, or one is out of range.
+
+    Example:
+        >>> import torch, rsfast
+        >>> rsfast.AdapterBatch(torch.tensor([1, -1, 0]), num_adapters=2).ids
+        tensor([ 1, -1,  0])
+    """
+
+    def __init__(self, adapter_ids: Tensor, num_adapters: int):
+        if not isinstance(adapter_ids, Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
+            got = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
+            raise ValueError(f"adapter_ids must be a tensor of int32 or int64, got {got}")
+        if adapter_ids.numel() and not torch.compiler.is_compiling():
+            self._check(adapter_ids, num_adapters)
+        self.ids, self.num_adapters = adapter_ids, num_adapters
+        self._plans: dict[int, list[Tensor]] = {}
+
+    @staticmethod
+    def _check(ids: Tensor, num_adapters: int) -> None:
+        inside = ((ids >= -1) & (ids < num_adapters)).all()
+        text = f"adapter_ids must be -1 (no adapter) to {num_adapters - 1}, one of {num_adapters} adapters"
+        if ids.device.type != "cpu":
+            torch._assert_async(inside, text)
+        elif not inside:
+            raise ValueError(f"{text}; got {int(ids.min())} to {int(ids.max())}")
+
+    def plan(self, repeats: int) -> list[Tensor]:
+        """What the kernels read, for layers that take ``repeats`` tokens for each id."""
+        if repeats not in self._plans:
+            self._plans[repeats] = make_plan(self.ids, repeats, self.num_adapters)
+        return self._plans[repeats]
+
+
+def make_plan(adapter_ids: Tensor, repeats: int, adapters: int) -> list[Tensor]:
+    """All int32: each row's id; for each tile how many adapters it has, and which; the rows sorted by adapter; for
+    either size of chunk the table of (adapter, first, last) into the sorted rows, and each adapter's first chunk."""
+    ids = adapter_ids.reshape(-1).repeat_interleave(repeats)
+    rows = len(ids)
+    tiles = (rows + TILE - 1) // TILE
+    present = ids.new_zeros(max(tiles, 1), adapters + 1, dtype=torch.int32)
+    flat = torch.arange(rows, device=ids.device) // TILE * (adapters + 1) + ids + 1
+    present.view(-1).index_fill_(0, flat, 1)
+    present = present[:, 1:]
+    listed = torch.sort(present, dim=1, descending=True, stable=True).indices[:, : min(TILE, adapters)]
+    order = torch.sort(ids, stable=True).indices
+    sizes = ids.new_zeros(adapters + 1).index_add_(0, ids + 1, torch.ones_like(ids))
+    plan = [ids, present.sum(1), listed, order]
+    for size in (FINE, COARSE):
+        plan += _chunks(sizes, size, rows // size + adapters + 1)
+    return [t.int().contiguous() for t in plan]
+
+
+def _chunks(sizes: Tensor, size: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Table of chunks of one adapter's rows each, -1's first, padded with empty ones; the first chunk of each."""
+    each = (sizes + size - 1) // size
+    last = each.cumsum(0)
+    index = torch.arange(capacity, device=sizes.device)
+    adapter = torch.searchsorted(last, index, right=True).clamp(max=len(sizes) - 1)
+    ends = sizes.cumsum(0)[adapter]
+    begin = torch.minimum(ends - sizes[adapter] + (index - (last - each)[adapter]) * size, ends)
+    table = torch.stack([adapter - 1, begin, torch.minimum(begin + size, ends)], 1)
+    return table, last  # of -1 first: where an adapter's chunks begin, and those of the one before end
