@@ -258,6 +258,8 @@ def _mergeable(model: nn.Module) -> list[LoRALinear]:
 def _check_options(model, r, alpha, targets, dropout, num_adapters, freeze, impl) -> tuple[str, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model is itself a linear layer, which cannot be replaced in place; take rsfast.LoRALinear")
     for name, value in (("r", r), ("num_adapters", num_adapters)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -290,8 +292,6 @@ def _check_site(model: nn.Module, site: Site, slices: tuple[Columns, ...] | None
             f"r must be at most {min(columns, inputs)} for {site.path}, whose LoRA has {inputs} inputs and {columns} "
             f"outputs; got {r}"
         )
-    if not site.path:
-        raise ValueError("model is itself a linear layer, which cannot be replaced in place; take rsfast.LoRALinear")
 
 
 def _build(model: nn.Module, site: Site, slices, num_adapters: int, options: dict):
