@@ -19,7 +19,7 @@ from tests.tiny_clip import CUSTOM, inputs, tiny_clip, tiny_custom_text_clip
 
 
 class MainAttention(nn.Module):
-    """As the attention of open_clip's main branch is built: one weight or three, q and k normalised, bool True keeps."""
+    """Built as the attention of open_clip's main branch: one weight or three, q and k normalised, bool True keeps."""
 
     def __init__(self, dim, num_heads, kdim=None, qk_norm=False, scaled_cosine=False, scale_heads=False, bias=True):
         super().__init__()
@@ -88,7 +88,7 @@ def lnd_clip():
 
 
 def coca():
-    """Poolers with keys of another width than their queries, a causal text tower with padding, a decoder that crosses."""
+    """A pooler whose keys have another width than its queries, texts with a class token, a decoder that crosses."""
     text = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 50, "context_length": 6, "embed_cls": True}
     vision = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16, "output_tokens": True}
     vision |= {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2}

@@ -73,7 +73,7 @@ def test_removing_merging_and_unmerging_restore_everything(name):
 
 @every_model
 def test_samples_with_adapters_of_their_own(name):
-    """Each sample is computed as if its adapter were merged, -1 as if there were none; gradients are the sum of these."""
+    """Each sample is computed as if its adapter were merged, -1 as if there were none, and gradients follow."""
     plain, batch = build(name)
     plain.requires_grad_(False)
     model = copy.deepcopy(plain)
