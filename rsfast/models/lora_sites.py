@@ -76,11 +76,12 @@ def choose(sites: list[Site], targets: tuple[str, ...]) -> tuple[dict[int, tuple
     for target in targets:
         hits = [j for j, site in enumerate(sites) if _means(target, site)]
         if not hits and target not in ALIASES:
-            raise ValueError(f"targets: {target!r} names no linear layer of the model; there {_what_there_is(sites)}")
+            raise ValueError(f"targets: {target!r} names no linear layer of the model; {_what_there_is(sites)}")
         if not hits:
             skipped[target] = "the model has no such layer"
         for j in hits:
             chosen.setdefault(j, []).append(sites[j].aliases[target] if target in ALIASES else None)
+    chosen = dict(sorted(chosen.items()))
     for j, columns in chosen.items():
         if len(columns) > 1 and None in columns:
             raise ValueError(f"targets mean all of {sites[j].path} and parts of it; name the parts or the layer")
