@@ -1,5 +1,7 @@
 """One read of dY for all that the LoRA needs of it: ds = alpha B^T dy, and the gradient of B."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,14 +25,15 @@ def once_kernel(
 ):  # fmt: skip
     """ds of a block of rows and a slice; its part of dB, ``(columns of all slices, rank)`` for each program.
 
-    ``COPY`` writes dy again, in front of ds in wider rows.
+    ``COPY`` writes dy again, in front of ds in wider rows. ``SLICED``, if not 0, divides where slices start and end.
     """
     program, piece = tl.program_id(0), tl.program_id(1)
     adapter, r, in_rows = rows_of(program, table_ptr, order_ptr, rows, SEVERAL, CHUNK, BLOCK_M)
     start, end, first = 0, columns, 0
     if SLICED:
-        start, end = tl.load(slices_ptr + 3 * piece), tl.load(slices_ptr + 3 * piece + 1)
-        first = tl.load(slices_ptr + 3 * piece + 2)
+        start = tl.multiple_of(tl.load(slices_ptr + 3 * piece), SLICED)
+        end = tl.load(slices_ptr + 3 * piece + 1)
+        first = tl.multiple_of(tl.load(slices_ptr + 3 * piece + 2), SLICED)
     if SEVERAL:
         b_ptr += tl.maximum(adapter, 0).to(tl.int64) * stride_bg
         scale = tl.where(adapter < 0, 0.0, tl.load(scales_ptr + tl.maximum(adapter, 0)).to(tl.float32))
@@ -73,7 +76,8 @@ def once(
     if not rows:
         return ds, dB.zero_()
     block_r = pad(rank)
-    block_m = min(FINE, pad(rows), 8192 // block_r) if dy.element_size() == 2 else min(64, pad(rows))
+    wide = dy.element_size() == 4  # operands of fp32 products take registers
+    block_m, block_n = min(32 if wide else min(FINE, 8192 // block_r), pad(rows)), min(32 if wide else 64, pad(columns))
     programs = len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
     size = lora_B.shape[-2] * rank
     part = dy.new_empty(programs, size, dtype=torch.float32)
@@ -81,9 +85,9 @@ def once(
         dy, lora_B, s, ds, buffer, part, batch.scales, batch.slices_on(dy, slices), batch.fine, batch.order,
         rows, columns, rank, size, dy.stride(0), s.stride(0), ds.stride(0), lora_B.stride(0) if batch.several else 0,
         lora_B.stride(-2), lora_B.stride(-1), scale,
-        SEVERAL=batch.several, SLICED=bool(slices), COPY=buffer is not None, CHUNK=FINE,
-        BLOCK_M=block_m, BLOCK_N=min(64, pad(columns)), BLOCK_R=block_r, num_warps=8 if block_m >= 128 else 4,
-        num_stages=3,
+        SEVERAL=batch.several, SLICED=math.gcd(16, *slices) if slices else 0, COPY=buffer is not None, CHUNK=FINE,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=8 if wide or block_m >= 128 else 4,
+        num_stages=2 if wide else 3,
     )  # fmt: skip
     last = batch.fine_last * (FINE // block_m) if batch.several else None
     return ds, add_up(part, dB, batch, last)
