@@ -76,6 +76,17 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Made:
+    """The function that gave x, with what it needs beside its input."""
+
+    function: str | None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """An implementation of a stage; the sizes are those of ``linear_kernel``, unused by the others.
 
