@@ -241,7 +241,7 @@ def _factors(width, outputs, rank, parts, adapted, adapters):
     ]  # fmt: skip
 
 
-def _lora(
+def lora_case(
     name="", *, rank=8, adapters=0, by_token=False, dropout_p=0.0, slices=None, bias=True, mixed=False, ranks=None,
     small=((33, 40, 24),), large=(), dtypes=(FP32, BF16), tiny=(),
 ):  # fmt: skip
@@ -329,6 +329,15 @@ EVERY = (FP32, FP16, BF16)
 HARMA_PAIRS, PAIRS = ((32768, 512), (428, 512)), ((65536, 512), (428, 512))
 ALL_PAIRS = ((65536, 512), (32768, 512), (428, 512), (65536, 1024), (16384, 512), (4096, 512), (1048576, 512))
 MAIN = dict(dtypes=EVERY, tiny=(7, 13))
+# tokens, inputs, outputs: what the targets are set for, then ViT-B/16, ViT-L/14, a decoder, a UNet, ViT-B/32
+LORA = (
+    (65792, 1024, 1024), (50432, 768, 768), (50432, 512, 512), (65536, 320, 320),
+    (50432, 768, 2304), (50432, 768, 3072), (50432, 3072, 768), (65792, 1024, 3072), (65792, 1024, 4096),
+    (65792, 4096, 1024), (50432, 512, 2048), (12800, 768, 768), (12800, 768, 2304), (12800, 768, 3072),
+    (16384, 640, 640), (16384, 1280, 1280), (19712, 768, 320), (19712, 768, 640), (19712, 768, 1280),
+)  # fmt: skip
+FEW_SAMPLES = ((5, 9, 40, 24), (2, 131, 24, 17), (1, 1, 1, 1), (0, 3, 24, 16))
+LORA_SAMPLES = ((256, 197, 768, 768), (256, 257, 1024, 1024), (256, 50, 768, 768), (256, 77, 512, 512))
 EVERY_LORA, EVERY_SAMPLE = dict(dtypes=EVERY, tiny=(7, 24, 9)), dict(dtypes=EVERY, tiny=(3, 4, 24, 9))
 
 CASES = [
@@ -362,16 +371,14 @@ CASES = [
     _loss("sigmoid_loss", **MAIN, large=((65536, 768),)),
     _loss("one_way_sigmoid_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
     _loss("uniformity_loss", **MAIN, large=((65536, 512),)),
-    _lora(rank=16, small=((64, 32, 48), (37, 41, 29), (1, 1, 1), (0, 24, 16)), **EVERY_LORA),
-    _lora("_rank3", rank=3, bias=False, mixed=True),
-    _lora("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
-    _lora("_dropout", dropout_p=0.3, tiny=(7, 24, 9), small=((33, 40, 24), (5, 13, 7))),
-    _lora("_qv", slices=((0, 1 / 3), (2 / 3, 1)), rank=4, tiny=(7, 24, 9), small=((33, 40, 96), (5, 13, 9))),
-    _lora(
-        "", adapters=3, rank=8, small=((5, 9, 40, 24), (2, 131, 24, 17), (1, 1, 1, 1), (0, 3, 24, 16)), **EVERY_SAMPLE
-    ),
-    _lora("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
-    _lora(
+    lora_case(rank=16, small=((64, 32, 48), (37, 41, 29), (1, 1, 1), (0, 24, 16)), large=LORA, **EVERY_LORA),
+    lora_case("_rank3", rank=3, bias=False, mixed=True),
+    lora_case("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
+    lora_case("_dropout", dropout_p=0.3, tiny=(7, 24, 9), small=((33, 40, 24), (5, 13, 7))),
+    lora_case("_qv", slices=((0, 1 / 3), (2 / 3, 1)), rank=4, tiny=(7, 24, 9), small=((33, 40, 96), (5, 13, 9))),
+    lora_case(adapters=3, rank=8, small=FEW_SAMPLES, large=LORA_SAMPLES, **EVERY_SAMPLE),
+    lora_case("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
+    lora_case(
         "_dropout_qv",
         adapters=2,
         dropout_p=0.3,
