@@ -14,7 +14,8 @@ from benchmarks.measure import Call, sets_of_inputs
 from rsfast._dispatch import INTERPRET
 from rsfast.lora import reference
 from rsfast.testing import assert_within_budget
-from tests.cases import BF16, FP32, Case, lora_case
+from tests.case import BF16, FP32, Case
+from tests.lora_cases import linear_case
 
 NAMES = ("y", "x", "lora_A", "lora_B")  # what is judged: the output, then gradients
 SEED = 2**40 + 7
@@ -47,13 +48,13 @@ class Row:
 
 
 def _single(rank: int, shapes, main: int = 1, dropout_p: float = 0.0) -> Row:
-    case = lora_case("", rank=rank, dropout_p=dropout_p)
+    case = linear_case("", rank=rank, dropout_p=dropout_p)
     return Row(f"lora_linear_r{rank}{'_dropout' * bool(dropout_p)}", case, rank, shapes, main, dropout_p)
 
 
 def _several(adapters: int, order: str, shapes=SAMPLES[:1]) -> Row:
     name = f"batched_lora_linear_g{adapters}_{order}"
-    return Row(name, lora_case("", rank=16, adapters=adapters), 16, shapes, adapters=adapters, order=order)
+    return Row(name, linear_case("", rank=16, adapters=adapters), 16, shapes, adapters=adapters, order=order)
 
 
 ROWS = {
