@@ -6,6 +6,7 @@ import torch
 
 import rsfast
 from rsfast.lora import reference as lora
+from rsfast.tune import SHAPES
 from tests.case import BF16, FP16, FP32, Case, draw
 
 
@@ -152,17 +153,10 @@ def _half(
 EVERY = (FP32, FP16, BF16)
 QV = ((0, 1 / 3), (2 / 3, 1))
 ODD, ONES, EMPTY = (37, 41, 29), (1, 1, 1), (0, 24, 16)
-# tokens, inputs, outputs: what the targets are set for, then ViT-B/16, ViT-L/14, a decoder, ViT-B/32, UNets
-LARGE = (
-    (65792, 1024, 1024), (50432, 768, 768), (50432, 512, 512), (65536, 320, 320),
-    (50432, 768, 2304), (50432, 768, 3072), (50432, 3072, 768), (65792, 1024, 3072), (65792, 1024, 4096),
-    (65792, 4096, 1024), (50432, 512, 2048), (12800, 768, 768), (12800, 768, 2304), (12800, 768, 3072),
-    (16384, 640, 640), (16384, 1280, 1280), (19712, 768, 320), (19712, 768, 640), (19712, 768, 1280),
-)  # fmt: skip
 LARGE_SAMPLES = ((256, 197, 768, 768), (256, 257, 1024, 1024), (256, 50, 768, 768), (256, 77, 512, 512))
 FEW_SAMPLES = ((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY))
 LORA = [
-    linear_case(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), large=LARGE, dtypes=EVERY, tiny=(7, 24, 9)),
+    linear_case(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), large=SHAPES, dtypes=EVERY, tiny=(7, 24, 9)),
     linear_case("_rank3", rank=3, bias=False, mixed=True),
     linear_case("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
     linear_case("_dropout", dropout_p=0.3, small=((33, 40, 24), (5, 13, 7)), tiny=(7, 24, 9)),
