@@ -19,6 +19,7 @@ from tests.lora_cases import linear_case
 
 NAMES = ("y", "x", "lora_A", "lora_B")  # what is judged: the output, then gradients
 SEED = 2**40 + 7
+DTYPE = BF16 if DEVICE == "cuda" else FP32
 LINEAR, SAMPLES = TIMED["lora_linear"].large, TIMED["batched_lora_linear"].large
 SQUARE = LINEAR[:4]  # what the targets are set for
 
@@ -122,7 +123,7 @@ def implementations(row: Row) -> tuple[str, ...]:
 
 
 def grid() -> list[tuple]:
-    """(row, shape, dtype, implementation, pass) in the order in which a run that may be cut off should meet them."""
+    """(row, shape, implementation, pass) in the order in which a run that may be cut off should meet them."""
     rows, both = [], ("forward+backward", "forward")
     for impls, rest, passes in (
         (FIRST, False, both[:1]), (FIRST, False, both[1:]), (FIRST, True, both[:1]), (THEN, False, both),
@@ -133,12 +134,8 @@ def grid() -> list[tuple]:
                 for impl in [impl for impl in implementations(row) if impl in impls]:
                     # an implementation of one pass comes when the first is asked for
                     mine = both[1:] * (passes[0] == both[0]) if impl in FORWARD_ONLY else passes
-                    rows += [(row.name, shape, _dtype(), impl, which) for which in mine]
+                    rows += [(row.name, shape, impl, which) for which in mine]
     return rows
-
-
-def _dtype() -> torch.dtype:
-    return BF16 if DEVICE == "cuda" else FP32
 
 
 def _shapes(row: Row) -> tuple:
@@ -255,9 +252,9 @@ def _vllm_form(layer: peers.Layer) -> peers.Built:
     return run, []
 
 
-def errors(actual: list[Tensor], gold: list[Tensor]) -> dict[str, float]:
+def errors(actual: list[Tensor], gold: list[Tensor], names: tuple[str, ...] = NAMES) -> dict[str, float]:
     """``error_<name>``: ||actual - gold|| / ||gold||, of the output and of each gradient there is."""
-    pairs = zip(NAMES, actual, gold, strict=False)
+    pairs = zip(names, actual, gold, strict=False)
     return {f"error_{name}": ((a.double() - g.double()).norm() / g.double().norm()).item() for name, a, g in pairs}
 
 
