@@ -6,6 +6,7 @@ import torch
 
 import rsfast
 from rsfast.lora import reference as lora
+from rsfast.tune import SHAPES
 from tests.case import BF16, FP16, FP32, Case, draw
 
 
@@ -22,7 +23,7 @@ def _factors(width, outputs, rank, parts, adapted, adapters):
     ]  # fmt: skip
 
 
-def _lora(
+def linear_case(
     name="", *, rank=8, adapters=0, by_token=False, dropout_p=0.0, slices=None, bias=True, mixed=False, ranks=None,
     small=((33, 40, 24),), large=(), dtypes=(FP32, BF16), tiny=(),
 ):  # fmt: skip
@@ -152,17 +153,17 @@ def _half(
 EVERY = (FP32, FP16, BF16)
 QV = ((0, 1 / 3), (2 / 3, 1))
 ODD, ONES, EMPTY = (37, 41, 29), (1, 1, 1), (0, 24, 16)
+LARGE_SAMPLES = ((256, 197, 768, 768), (256, 257, 1024, 1024), (256, 50, 768, 768), (256, 77, 512, 512))
+FEW_SAMPLES = ((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY))
 LORA = [
-    _lora(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), dtypes=EVERY, tiny=(7, 24, 9)),
-    _lora("_rank3", rank=3, bias=False, mixed=True),
-    _lora("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
-    _lora("_dropout", dropout_p=0.3, small=((33, 40, 24), (5, 13, 7)), tiny=(7, 24, 9)),
-    _lora("_qv", slices=QV, rank=4, small=((33, 40, 96), (5, 13, 9)), tiny=(7, 24, 9)),
-    _lora(
-        adapters=3, small=((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY)), dtypes=EVERY, tiny=(3, 4, 24, 9)
-    ),
-    _lora("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
-    _lora("_dropout_qv", adapters=2, dropout_p=0.3, slices=QV, rank=4, small=((3, 13, 40, 30),), dtypes=(FP32,)),
+    linear_case(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), large=SHAPES, dtypes=EVERY, tiny=(7, 24, 9)),
+    linear_case("_rank3", rank=3, bias=False, mixed=True),
+    linear_case("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
+    linear_case("_dropout", dropout_p=0.3, small=((33, 40, 24), (5, 13, 7)), tiny=(7, 24, 9)),
+    linear_case("_qv", slices=QV, rank=4, small=((33, 40, 96), (5, 13, 9)), tiny=(7, 24, 9)),
+    linear_case(adapters=3, small=FEW_SAMPLES, large=LARGE_SAMPLES, dtypes=EVERY, tiny=(3, 4, 24, 9)),
+    linear_case("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
+    linear_case("_dropout_qv", adapters=2, dropout_p=0.3, slices=QV, rank=4, small=((3, 13, 40, 30),), dtypes=(FP32,)),
     _half("lora_shrink", tiny=(5, 13)),
     _half("lora_shrink", "_batched", adapters=3, small=((3, 5, 24),), tiny=(3, 2, 9)),
     _half("lora_expand", tiny=(5, 13)),
