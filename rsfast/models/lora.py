@@ -11,6 +11,7 @@ from rsfast._dispatch import Impl, use_fused
 from rsfast.models.freezing import give_back
 from rsfast.models.lora_attention import BatchedProjection, Projection
 from rsfast.models.lora_sites import ALIASES, Columns, Site, choose, find_sites, tied
+from rsfast.models.lora_sources import note_sources
 
 STATE = "_rsfast_lora"
 
@@ -48,6 +49,7 @@ class State:
     layers: dict[str, nn.Linear]  # that were replaced, by path
     classes: dict[str, type]  # of attentions before they were swapped, by path
     flags: dict[str, str]  # set on parents, by path
+    producers: dict[str, type]  # of norms and activations before they were swapped, by path
 
 
 def add_lora(
@@ -58,6 +60,7 @@ def add_lora(
     dropout: float = 0.0,
     num_adapters: int = 1,
     freeze: bool = True,
+    recompute: bool = True,
     impl: Impl = "auto",
 ) -> LoraReport:
     """Put LoRA into the linear maps of a model, in place.
@@ -83,6 +86,8 @@ def add_lora(
             which.
         freeze: Freeze everything but LoRA, as PEFT does, ``logit_scale`` and gated adapters too. False leaves
             ``requires_grad`` of all else alone; weight and bias of the layers with LoRA are frozen in any case.
+        recompute: Where a layer's input comes straight from a LayerNorm or a GELU, keep for backward what that keeps
+            anyway and compute the input again inside the sum that needs it, as :class:`rsfast.Source` says. Fused only.
         impl: As in :func:`rsfast.lora_linear`.
 
     Returns:
@@ -124,11 +129,13 @@ def add_lora(
             parameter.requires_grad_(requires_grad[name])
         raise
     config = dict(r=r, alpha=alpha, targets=targets, dropout=dropout, num_adapters=num_adapters)
-    state = State(config, requires_grad, {}, {}, {})
+    state = State(config, requires_grad, {}, {}, {}, {})
     if freeze:
         model.requires_grad_(False)
     for j in chosen:
         _attach(model, sites[j], layers[sites[j].path], state)
+    if recompute:
+        state.producers.update(note_sources(model))
     setattr(model, STATE, state)
     placed = {path: layer.slices for path, layer in layers.items()}
     return LoraReport(placed, skipped, sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -157,6 +164,8 @@ def remove_lora(model: nn.Module) -> None:
             if isinstance(getattr(attention, name, None), Projection | BatchedProjection):
                 delattr(attention, name)
         attention.__class__ = kind
+    for path, kind in state.producers.items():
+        model.get_submodule(path).__class__ = kind
     for path, flag in state.flags.items():
         setattr(model.get_submodule(path), flag, False)
     delattr(model, STATE)
