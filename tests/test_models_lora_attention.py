@@ -39,17 +39,24 @@ def tokens(batch_first, **shape):
     return [x if batch_first else x.transpose(0, 1) for x in (query, key, value)]
 
 
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+
+
+def masked(*shape):
+    """True at random, but never at the first key: a query that attends to nothing has no answer."""
+    return (draw(*shape) > 0.5) & (torch.arange(shape[-1]) > 0)
+
+
 MASKS = {
     "none": {},
-    "bool": {"attn_mask": torch.rand(L, S) > 0.7},
-    "float": {"attn_mask": torch.randn(L, S).double()},
-    "each_head": {"attn_mask": torch.rand(N * H, L, S) > 0.7},
+    "bool": {"attn_mask": masked(L, S)},
+    "float": {"attn_mask": draw(L, S)},
+    "each_head": {"attn_mask": masked(N * H, L, S)},
     "padding": {"key_padding_mask": torch.arange(S) >= torch.tensor([[5], [2], [3]])},
-    "float_padding": {"key_padding_mask": torch.randn(N, S).double()},
-    "both": {"attn_mask": torch.randn(N * H, L, S).double(), "key_padding_mask": torch.arange(S) > torch.ones(N, 1)},
+    "float_padding": {"key_padding_mask": draw(N, S)},
+    "both": {"attn_mask": draw(N * H, L, S), "key_padding_mask": masked(N, S)},
 }
-
-
 mismatched_masks_are_fine = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 
 
