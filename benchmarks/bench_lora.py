@@ -35,27 +35,13 @@ def _record(record, name, shape, impl, which, ready, beside, more, moved):
     record(key, lambda benchmark, clock: found | measure(benchmark, clock, calls, which, beside=beside), **moved)
 
 
-@pytest.mark.parametrize("name, shape, impl, which", grid(), ids=short)
+@pytest.mark.parametrize("name, shape, impl, which", grid(main=True), ids=short)
 def bench_lora(record, name, shape, impl, which):
     row, aim = ROWS[name], target(name, shape, impl, which)
     ready = _ready(impl, why_not(row, DTYPE, impl), lambda impl: prepared(name, shape, DTYPE, impl))
     beside, _ = prepared(name, shape, DTYPE, "frozen" if impl == "auto" else "auto")
     more = {} if aim is None else {"target": aim}
     _record(record, name, shape, impl, which, ready, beside, more, work(row.case, shape, DTYPE, which))
-
-
-@pytest.mark.parametrize("which", ("forward+backward", "forward"))
-@pytest.mark.parametrize("impl", lora_attention.IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", lora_attention.SHAPES, ids=short)
-def bench_lora_attention(record, shape, impl, which):
-    def prepare(impl):
-        return lora_attention.prepared(shape, DTYPE, impl)
-
-    ready = _ready(impl, lora_attention.why_not(impl), prepare)
-    other = "frozen" if impl == "auto" else "auto"
-    beside = () if lora_attention.why_not(other) else prepare(other)[0]
-    moved = lora_attention.work(shape, DTYPE.itemsize, which)
-    _record(record, f"lora_attention_r{lora_attention.RANK}", shape, impl, which, ready, beside, {}, moved)
 
 
 @pytest.mark.parametrize("impl", lora_memory.IMPLEMENTATIONS)
@@ -78,3 +64,21 @@ def _kept(impl: str) -> int:
     kept, dx = lora_memory.of_tower(impl, lora_memory.TOWER)
     assert dx.isfinite().all()
     return kept
+
+
+@pytest.mark.parametrize("which", ("forward+backward", "forward"))
+@pytest.mark.parametrize("impl", lora_attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", lora_attention.SHAPES, ids=short)
+def bench_lora_attention(record, shape, impl, which):
+    def prepare(impl):
+        return lora_attention.prepared(shape, DTYPE, impl)
+
+    ready = _ready(impl, None, prepare)
+    beside, _ = prepare("frozen" if impl == "auto" else "auto")
+    moved = lora_attention.work(shape, DTYPE.itemsize, which)
+    _record(record, f"lora_attention_r{lora_attention.RANK}", shape, impl, which, ready, beside, {}, moved)
+
+
+@pytest.mark.parametrize("name, shape, impl, which", grid(main=False), ids=short)
+def bench_lora_more(record, name, shape, impl, which):
+    bench_lora(record, name, shape, impl, which)

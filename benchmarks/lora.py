@@ -26,13 +26,13 @@ SQUARE = LINEAR[:4]  # what the targets are set for
 
 @dataclass(frozen=True)
 class Row:
-    """A linear layer at its benchmark shapes, the first ``main`` of which everyone is timed at."""
+    """A linear layer at its benchmark shapes, the first ``main`` of which are timed before anything else."""
 
     name: str
     case: Case  # of these sizes, for its bytes and operations
     rank: int
     shapes: tuple[tuple[int, ...], ...]
-    main: int = 1
+    main: int = 0
     dropout_p: float = 0.0
     adapters: int = 0
     order: str = ""  # of the samples' ids: "random" or "sorted"
@@ -48,22 +48,22 @@ class Row:
         return tuple((shuffled if self.order == "random" else ids.sort().values).tolist())
 
 
-def _single(rank: int, shapes, main: int = 1, dropout_p: float = 0.0) -> Row:
+def _single(rank: int, shapes, main: int = 0, dropout_p: float = 0.0) -> Row:
     case = linear_case("", rank=rank, dropout_p=dropout_p)
     return Row(f"lora_linear_r{rank}{'_dropout' * bool(dropout_p)}", case, rank, shapes, main, dropout_p)
 
 
-def _several(adapters: int, order: str, shapes=SAMPLES[:1]) -> Row:
+def _several(adapters: int, order: str, shapes=SAMPLES[:1], main: int = 0) -> Row:
     name = f"batched_lora_linear_g{adapters}_{order}"
-    return Row(name, linear_case("", rank=16, adapters=adapters), 16, shapes, adapters=adapters, order=order)
+    return Row(name, linear_case("", rank=16, adapters=adapters), 16, shapes, main, 0.0, adapters, order)
 
 
 ROWS = {
     row.name: row
     for row in (
         _single(16, LINEAR, main=4),
-        _several(8, "random", SAMPLES),
-        _several(64, "random"),
+        _several(8, "random", SAMPLES, main=2),
+        _several(64, "random", main=1),
         _single(16, (*SQUARE, (50432, 768, 3072), (12800, 768, 768)), main=2, dropout_p=0.1),
         _single(8, ((65536, 320, 320), (16384, 1280, 1280), (50432, 768, 768))),
         _single(64, ((65792, 1024, 1024), (50432, 768, 768))),
@@ -122,15 +122,17 @@ def implementations(row: Row) -> tuple[str, ...]:
     return tuple(impl for impl in FIRST + THEN if impl in found)
 
 
-def grid() -> list[tuple]:
-    """(row, shape, implementation, pass) in the order in which a run that may be cut off should meet them."""
+def grid(main: bool) -> list[tuple]:
+    """(row, shape, implementation, pass): what has targets, or all the rest; what matters most first."""
     rows, both = [], ("forward+backward", "forward")
     for impls, rest, passes in (
-        (FIRST, False, both[:1]), (FIRST, False, both[1:]), (FIRST, True, both[:1]), (THEN, False, both),
-        (FIRST, True, both[1:]),
-    ):  # fmt: skip
+        ((FIRST, False, both[:1]), (FIRST, False, both[1:]))
+        if main
+        else ((FIRST, True, both[:1]), (THEN, False, both), (FIRST, True, both[1:]))
+    ):
         for row in ROWS.values():
-            for shape in _shapes(row)[row.main :] if rest else _shapes(row)[: row.main]:
+            until = row.main if impls is FIRST else max(row.main, 1)
+            for shape in _shapes(row)[until:] if rest else _shapes(row)[:until]:
                 for impl in [impl for impl in implementations(row) if impl in impls]:
                     # an implementation of one pass comes when the first is asked for
                     mine = both[1:] * (passes[0] == both[0]) if impl in FORWARD_ONLY else passes

@@ -20,10 +20,6 @@ SHAPES = ((256, 197, 768), (256, 50, 768)) if DEVICE == "cuda" else ((2, 5, 32),
 HEAD = 64 if DEVICE == "cuda" else 16
 
 
-def why_not(impl: str) -> str | None:
-    return None if impl != "auto" or hasattr(rsfast.models, "add_lora") else "rsfast.models has no add_lora yet"
-
-
 @functools.lru_cache(maxsize=1)
 def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Tensor]]:
     """x, a gradient of the output, the attention's own state, and its factors: in A, in B, out A, out B."""

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rsfast
+import rsfast.models
 from benchmarks.arms import DEVICE
 from tests.case import BF16, FP32
 
-TARGETS = ("q", "k", "v", "out", "fc", "proj")
+LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # what add_lora targets by default
 RANK, DROPOUT_P = 16, 0.1
 IMPLEMENTATIONS = ("auto", "peft-bf16")
 # samples, tokens, width, layers, width of a head: ViT-L/14 at a batch of 256; tiny without a GPU
@@ -24,15 +24,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int, head: int):
         super().__init__()
-        self.ln_1, self.ln_2, self.head = nn.LayerNorm(width), nn.LayerNorm(width), head
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2, self.act, self.head = nn.LayerNorm(width), nn.LayerNorm(width), nn.GELU(), head
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.ln_1(x)
-        q, k, v = (f(h).unflatten(-1, (-1, self.head)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.proj(F.gelu(self.fc(self.ln_2(x))))
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (-1, self.head)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
 
 
 def tower(impl: str, width: int, layers: int, head: int) -> nn.Module:
@@ -43,15 +43,13 @@ def tower(impl: str, width: int, layers: int, head: int) -> nn.Module:
     if impl == "peft-bf16":
         from peft import LoraConfig, get_peft_model
 
-        options = dict(lora_dropout=DROPOUT_P, target_modules=list(TARGETS), init_lora_weights=False)
+        options = dict(lora_dropout=DROPOUT_P, target_modules=list(LAYERS), init_lora_weights=False)
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, **options), autocast_adapter_dtype=False)
         model = model.base_model.model
     elif impl != "frozen":
-        for block in model:
-            for name in TARGETS:
-                layer = rsfast.LoRALinear(getattr(block, name), RANK, RANK, DROPOUT_P, impl=impl)
-                setattr(block, name, layer)
-                nn.init.normal_(layer.lora_B, std=0.02)
+        rsfast.models.add_lora(model, RANK, RANK, dropout=DROPOUT_P, impl=impl)
+        for layer in rsfast.models.lora_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.02)
     return model.train()
 
 

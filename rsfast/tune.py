@@ -76,15 +76,17 @@ def shapes_of(model: str, batch_size: int) -> list[tuple[int, int, int]]:
 
 
 def everything(shapes, ranks, dtype: torch.dtype) -> list:
-    """The layers to tune, what matters most first: plain ones, then those of q, k and v, of dropout, of a bank."""
+    """The layers to tune, what matters most first: the first shapes in every kind, then the others, rank after rank."""
     from rsfast.lora.kernels.plan import Facts
 
-    found = []
-    for parts, adapters, dropout in ((1, 0, False), (3, 0, False), (1, 0, True), (1, ADAPTERS, False), (3, 0, True)):
-        for rank, (rows, width, outputs) in itertools.product(ranks, shapes):
-            if parts == 1 or outputs == parts * width:
-                found.append(Facts(rows, width, outputs, rank, parts, adapters, dropout, dtype))
-    return found
+    # one LoRA, one for each of q, k and v, dropout, a bank
+    kinds = ((1, 0, False), (3, 0, False), (1, 0, True), (1, ADAPTERS, False), (3, 0, True))
+    return [
+        Facts(rows, width, outputs, rank, parts, adapters, dropout, dtype)
+        for rank, some, (parts, adapters, dropout) in itertools.product(ranks, (shapes[:4], shapes[4:]), kinds)
+        for rows, width, outputs in some
+        if parts == 1 or outputs == parts * width
+    ]
 
 
 def label(choices) -> str:
@@ -298,8 +300,8 @@ def on_gpu(facts, stages, combinations, device: torch.device | None = None):
         took = _in_turn(runs, junk)
         best = 0
         for i in sorted(right, key=took.get):
-            again = _in_turn({0: runs[0], i: runs[i]}, junk) if i and took[i] < took[0] else {}
-            if not i or (again and again[i] < again[0]):
+            again = _in_turn({0: runs[0], i: runs[i]}, junk) if i else {}
+            if not i or again[i] < again[0]:
                 best = i
                 break
         return best, {i: seconds / len(layer.x) for i, seconds in took.items()}, reasons
