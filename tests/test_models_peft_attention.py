@@ -45,6 +45,8 @@ def merged_by_hand(model, scale_of_out=1.0):
             deltas = [sum(m.scaling[n] * m.lora_B[n].weight @ m.lora_A[n].weight for n in active) for m in (layer, out)]
             weights[f"{path}.in_proj_weight"] = mha.in_proj_weight + deltas[0]
             weights[f"{path}.out_proj.weight"] = out.base_layer.weight + scale_of_out * deltas[1]
+        elif isinstance(layer, Linear) and ".base_layer." not in path:
+            weights[f"{path}.weight"] = layer.base_layer.weight + layer.get_delta_weight("one")
 
     def call(*args, **kwargs):
         return torch.func.functional_call(base, weights, args, kwargs)

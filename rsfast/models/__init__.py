@@ -11,6 +11,7 @@ from rsfast.models.lora import (
     set_adapter_ids,
     unmerge_lora,
 )
+from rsfast.models.lora_storage import load_lora, save_lora
 from rsfast.models.peft_patch import PatchReport, patch_peft, unpatch
 from rsfast.models.storage import load_adapters, save_adapters
 
@@ -25,12 +26,14 @@ __all__ = [
     "convert_harma_adapter",
     "load_adapters",
     "load_harma_checkpoint",
+    "load_lora",
     "lora_layers",
     "merge_lora",
     "patch_peft",
     "remove_adapters",
     "remove_lora",
     "save_adapters",
+    "save_lora",
     "set_adapter_ids",
     "unmerge_lora",
     "unpatch",
