@@ -11,6 +11,7 @@ from rsfast.models.lora import (
     set_adapter_ids,
     unmerge_lora,
 )
+from rsfast.models.lora_live import check_live
 from rsfast.models.lora_storage import load_lora, save_lora
 from rsfast.models.peft_patch import PatchReport, patch_peft, unpatch
 from rsfast.models.storage import load_adapters, save_adapters
@@ -23,6 +24,7 @@ __all__ = [
     "adapters_off",
     "add_adapters",
     "add_lora",
+    "check_live",
     "convert_harma_adapter",
     "load_adapters",
     "load_harma_checkpoint",

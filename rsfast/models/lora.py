@@ -128,8 +128,9 @@ def place(
     freeze: bool = True, impl: Impl = "auto",
 ) -> LoraReport:  # fmt: skip
     """Put LoRA into some of the sites, each with slices, rank and alpha of its own; if refused, nothing has changed."""
-    for j in places:
-        _check_site(model, sites[j])
+    for path, names in ((sites[j].path, tied(model, sites[j])) for j in places):
+        if names:
+            raise ValueError(f"targets: {path} cannot have LoRA, its weight is tied: {' and '.join(names)} are one")
     num_adapters = config["num_adapters"]
     if num_adapters > 1:
         for path, module in model.named_modules():
@@ -279,6 +280,8 @@ def _mergeable(model: nn.Module) -> list[LoRALinear]:
 def _check_options(model, r, alpha, targets, dropout, num_adapters, freeze, impl) -> tuple[str, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model is itself a linear layer, which cannot be replaced in place; take rsfast.LoRALinear")
     for name, value in (("r", r), ("num_adapters", num_adapters)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -308,14 +311,6 @@ def _check_rank(site: Site, slices: tuple[Columns, ...] | None, r: int) -> None:
             f"r must be at most {min(columns, inputs)} for {site.path}, whose LoRA has {inputs} inputs and {columns} "
             f"outputs; got {r}"
         )
-
-
-def _check_site(model: nn.Module, site: Site) -> None:
-    names = tied(model, site)
-    if names:
-        raise ValueError(f"targets: {site.path} cannot have LoRA, its weight is tied: {' and '.join(names)} are one")
-    if not site.path:
-        raise ValueError("model is itself a linear layer, which cannot be replaced in place; take rsfast.LoRALinear")
 
 
 def _build(model: nn.Module, site: Site, place: Place, num_adapters: int, options: dict):

@@ -44,16 +44,26 @@ class Site:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """All linear maps of a model, first to last, but for those inside gated adapters; changes nothing."""
-    sites, inside = [], ()
+    sites, adapters, fast = [], (), ()
     for path, module in model.named_modules():
-        if inside and path.startswith(inside):
+        if path.startswith(adapters):
             continue
         if isinstance(module, GatedAdapter | SharedAdapter):
-            inside = (*inside, f"{path}.")
+            adapters = (*adapters, _inside(path))
             continue
-        found = list(_of_attention(path, module)) if _keeps_weights(module) else list(_of_layers(path, module))
+        if isinstance(module, nn.TransformerEncoderLayer):
+            fast = (*fast, _inside(path))
+        found = list(_of_attention(path, module) if _keeps_weights(module) else _of_layers(path, module))
+        for site in found:
+            if site.path.startswith(fast):
+                site.refusal = "nn.TransformerEncoderLayer may read the weights inside it without calling their layers"
         sites += found
     return sites
+
+
+def _inside(path: str) -> str:
+    """What the paths of all inside a module begin with."""
+    return f"{path}." if path else ""
 
 
 def choose(sites: list[Site], targets: tuple[str, ...]) -> tuple[dict[int, tuple[Columns, ...] | None], dict[str, str]]:
@@ -107,45 +117,38 @@ def _keeps_weights(module: nn.Module) -> bool:
 
 def _of_attention(path: str, attention: nn.Module) -> Iterator[Site]:
     """The projections of ``nn.MultiheadAttention`` and of open_clip's own attention."""
-    swap, refusal = None, _overridden(attention)
+    kind, refusal = type(attention), _overridden(attention)
     if isinstance(attention, nn.MultiheadAttention):
-        swap, out_swap = LoRAMultiheadAttention, LoRAMultiheadAttention
-        if type(attention).forward is not nn.MultiheadAttention.forward:
-            refusal = f"{type(attention).__name__} computes attention in a way of its own"
+        swap = out_swap = LoRAMultiheadAttention
+        if kind.forward is not nn.MultiheadAttention.forward:
+            refusal = f"{kind.__name__} computes attention in a way of its own"
         elif attention.bias_k is not None or attention.add_zero_attn:
             refusal = "it adds keys and values of its own (add_bias_kv or add_zero_attn)"
     else:
-        arguments = tuple(inspect.signature(type(attention).forward).parameters)
-        swap, out_swap = OWN_FORWARD.get(arguments), None
+        swap, out_swap = OWN_FORWARD.get(tuple(inspect.signature(kind.forward).parameters)), None
         if swap is None or not all(hasattr(attention, name) for name in OWN_ATTENTION):
-            refusal = f"{type(attention).__name__} is an attention that is not known here"
-    prefix = f"{path}." if path else ""
-    common = dict(attention=attention, swap=swap)
-    if attention.in_proj_weight is not None:
-        weight, width = attention.in_proj_weight, attention.in_proj_weight.shape[0] // 3
+            refusal = f"{kind.__name__} is an attention that is not known here"
+    prefix, fused = _inside(path), attention._parameters.get("in_proj_weight")
+    if fused is not None:
+        width = len(fused) // 3
         aliases = {alias: (j * width, (j + 1) * width) for j, alias in enumerate("qkv")}
-        yield Site(f"{prefix}in_proj", weight, aliases, refusal or _unfit(weight), name="in_proj_weight", **common)
-    else:
-        width = attention.q_proj_weight.shape[0]
-        for j, alias in enumerate("qkv"):
-            weight = getattr(attention, f"{alias}_proj_weight")
-            yield Site(
-                f"{prefix}{alias}_proj", weight, {alias: None}, refusal or _unfit(weight),
-                name=f"{alias}_proj_weight", rows=slice(j * width, (j + 1) * width), **common,
-            )  # fmt: skip
-    out = attention.out_proj
-    if isinstance(out, nn.Linear):
-        refusal = refusal or _cannot(out)
-        common = dict(attention=attention, swap=out_swap) if out_swap else {}
-        yield Site(f"{prefix}out_proj", out.weight, {"out": None}, refusal, **common)
+        held = dict(attention=attention, name="in_proj_weight", swap=swap)
+        yield Site(f"{prefix}in_proj", fused, aliases, refusal or _unfit(fused), **held)
+    for j, alias in enumerate("qkv"):
+        weight = attention._parameters.get(f"{alias}_proj_weight")
+        if fused is None and weight is not None:
+            rows = slice(j * len(weight), (j + 1) * len(weight))
+            held = dict(attention=attention, name=f"{alias}_proj_weight", rows=rows, swap=swap)
+            yield Site(f"{prefix}{alias}_proj", weight, {alias: None}, refusal or _unfit(weight), **held)
     for name, child in attention.named_children():
-        if isinstance(child, nn.Linear) and name != "out_proj":
-            yield Site(f"{prefix}{name}", child.weight, {}, _cannot(child))
+        if isinstance(child, nn.Linear):
+            aliases = {"out": None} if name == "out_proj" else {}
+            yield Site(f"{prefix}{name}", child.weight, aliases, refusal or _cannot(child), swap=out_swap)
 
 
 def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
     """The linear layers that are children of a module."""
-    prefix = f"{path}." if path else ""
+    prefix = _inside(path)
     layers = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
     attends = not layers.keys().isdisjoint((*FUSED, "q_proj", "q"))
     is_mlp = not layers.keys().isdisjoint(FIRST) and not layers.keys().isdisjoint(SECOND)
@@ -153,7 +156,7 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
         return
     for name, layer in layers.items():
         refusal, flag = _cannot(layer), ""
-        if isinstance(parent, AttentionPool2d | nn.TransformerEncoderLayer):
+        if isinstance(parent, AttentionPool2d):
             refusal = f"{type(parent).__name__} reads the weights of its layers and does not call them"
         aliases = {}
         if name in FUSED:
@@ -175,7 +178,9 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
         yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, flag=flag)
 
 
-def _unfit(weight: torch.Tensor) -> str:
+def _unfit(weight: torch.Tensor | None) -> str:
+    if weight is None:
+        return "it has no weight"
     if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain matrix"
     return ""
