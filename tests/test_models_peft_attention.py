@@ -13,7 +13,7 @@ from torch import nn
 
 import rsfast
 from rsfast.models import patch_peft, peft_layers, unpatch
-from rsfast.models.attention import multihead_attention
+from rsfast.models.attention import attend, project
 from rsfast.testing import assert_within_budget
 from tests.tiny_clip import inputs, tiny_clip
 from tests.tiny_peft import assert_same, gradients, make
@@ -59,7 +59,7 @@ def unmerged_by_hand(model):
     layer = model.base_model.model.attn
 
     def formula(part, weight, bias):
-        def run(x, columns=None):
+        def run(x, *_):
             y = F.linear(x, weight, bias)
             for name in part.active_adapters:
                 y = y + part.lora_B[name](part.lora_A[name](x)) * part.scaling[name]
@@ -68,9 +68,14 @@ def unmerged_by_hand(model):
         return run
 
     base, out = layer.base_layer, layer.base_layer.out_proj
-    project = formula(layer, base.in_proj_weight, base.in_proj_bias)
+    columns = formula(layer, base.in_proj_weight, base.in_proj_bias)
     output = formula(out, out.base_layer.weight, out.base_layer.bias)
-    return lambda x: multihead_attention(base, x, x, x, project=project, output=output)[0]
+    return lambda x: attention(base, x, x, x, columns=columns, output=output)[0]
+
+
+def attention(module, q, k, v, *, columns, output, **call):
+    x, weights = attend(module, *project(q, k, v, module.embed_dim, columns), **call)
+    return output(x), weights
 
 
 def features(call):
@@ -175,9 +180,9 @@ def test_every_way_to_call_it(options):
     module = Block(**options).attn.double()
     B, L, S = 2, 4, 5
 
-    def project(x, columns):
-        bias = module.in_proj_bias[columns] if options["bias"] else None
-        return F.linear(x, module.in_proj_weight[columns], bias)
+    def columns(x, first, last):
+        bias = module.in_proj_bias[first:last] if options["bias"] else None
+        return F.linear(x, module.in_proj_weight[first:last], bias)
 
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64)
@@ -200,13 +205,13 @@ def test_every_way_to_call_it(options):
                     key_padding_mask=pad, need_weights=weights, attn_mask=attn_mask, average_attn_weights=average
                 )
                 expected = module(q, k, v, **call)
-                found = multihead_attention(module, q, k, v, **call, project=project, output=module.out_proj)
+                found = attention(module, q, k, v, **call, columns=columns, output=module.out_proj)
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
     for weights in (True, False):
         call = dict(attn_mask=causal, is_causal=True, need_weights=weights)
         expected = module(x, x, x, **call)
-        found = multihead_attention(module, x, x, x, **call, project=project, output=module.out_proj)
+        found = attention(module, x, x, x, **call, columns=columns, output=module.out_proj)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -274,14 +279,14 @@ def test_dropout():
     seeds = iter([torch.randint(-(2**63), 2**63 - 1, ()) for _ in range(2)])
 
     def linear(part, weight, bias):
-        def run(x, columns=None):
+        def run(x, *_):
             A, B = part.lora_A["one"].weight, part.lora_B["one"].weight
             return rsfast.lora_linear(x, weight, bias, A, B, 2.0, dropout_p=0.5, seed=next(seeds))
 
         return run
 
-    expected = multihead_attention(
-        base, x, x, x, project=linear(layer, base.in_proj_weight, base.in_proj_bias),
+    expected = attention(
+        base, x, x, x, columns=linear(layer, base.in_proj_weight, base.in_proj_bias),
         output=linear(out, out.base_layer.weight, out.base_layer.bias),
     )[0]  # fmt: skip
     assert torch.equal(y, expected) and not torch.allclose(y, still)
@@ -336,8 +341,8 @@ def test_what_cannot_be_served_is_refused_by_name():
         layer(x, x, x, adapter_names=["one"] * 3)
     with pytest.raises(ValueError, match="attn_mask must be given"):
         layer(x, x, x, is_causal=True)
-    with pytest.raises(ValueError, match="of width 12"):
-        layer(x, x, x[:2])
+    with pytest.raises(ValueError, match="the last two of one shape"):
+        layer(x, x[:2], x)
     handle = layer.base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(NotImplementedError, match="base_layer has hooks: unpatch"):
         layer(x, x, x)

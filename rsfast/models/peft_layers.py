@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rsfast import AdapterBatch, batched_lora_linear, lora_expand, lora_linear, lora_shrink
 from rsfast._dispatch import Impl
-from rsfast.models.attention import multihead_attention
+from rsfast.models.attention import attend, project
 
 BASES = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)  # the second is MultiheadAttention's out_proj
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -143,11 +143,15 @@ class FusedMultiheadAttention(MultiheadAttention):
             raise NotImplementedError(f"{why or 'base_layer has hooks'}: unpatch the model to have PEFT's own forward")
         factors = readable(query, [factors_of(self, name) for name in names])
 
-        def project(x: Tensor, columns: slice) -> Tensor:
-            return adapted(x, base.in_proj_weight, base.in_proj_bias, factors, self.rsfast_impl, columns)
+        def columns(x: Tensor, first: int, last: int) -> Tensor:
+            return adapted(x, base.in_proj_weight, base.in_proj_bias, factors, self.rsfast_impl, slice(first, last))
 
-        y, weights = multihead_attention(base, query, *args, **kwargs, project=project, output=base.out_proj)
+        y, weights = self._attend(columns, query, *args, **kwargs)
         return y.to(query.dtype), None if weights is None else weights.to(query.dtype)
+
+    def _attend(self, columns, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+        x, weights = attend(self.base_layer, *project(query, key, value, self.embed_dim, columns), *args, **kwargs)
+        return self.base_layer.out_proj(x), weights
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
