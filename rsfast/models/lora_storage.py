@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rsfast import BatchedLoRALinear, LoRALinear
-from rsfast.models.lora import LoraReport, Place, lora_layers, place
+from rsfast.models.lora import STATE, LoraReport, Place, lora_layers, place
 from rsfast.models.lora_layout import (
     OUT,
     apart,
@@ -33,8 +33,8 @@ def save_lora(model: nn.Module, folder: str | os.PathLike, *, adapter: int | Non
     lower rank, or without LoRA, is filled up with zeros. Each file is replaced as a whole or not at all.
 
     Outputs in PEFT are the model's, but for ``nn.MultiheadAttention`` in PEFT 0.21, which counts ``out_proj``'s LoRA
-    twice until :func:`patch_peft`. Where PEFT has no LoRA (attentions other than ``nn.MultiheadAttention`` that keep
-    their weights themselves), a warning names what only :func:`load_lora` reads.
+    twice until :func:`patch_peft`. A warning names the layers where PEFT's LoRA cannot take part: in attentions other
+    than ``nn.MultiheadAttention`` that keep or read their weights themselves. :func:`load_lora` reads those too.
 
     Args:
         model: With LoRA.
@@ -66,7 +66,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike, *, adapter: int | Non
         found[path], found[path + OUT] = pair_of_projections(width, found.get(path), found.get(path + OUT))
     ours_alone = [path for path in layers if names[path] == path and not _is_called(model, path)]
     if ours_alone:
-        warnings.warn(f"PEFT has no LoRA for {', '.join(ours_alone)}; load_lora reads it", stacklevel=2)
+        warnings.warn(f"PEFT has no LoRA that takes part for {', '.join(ours_alone)}; load_lora has", stacklevel=2)
     write_folder(
         folder,
         found,
@@ -209,8 +209,8 @@ def _check_adapter(path: str, layer: LoRALinear | BatchedLoRALinear, adapter: in
 
 
 def _is_called(model: nn.Module, path: str) -> bool:
-    """Whether the layer took the place of one that the model calls, so that PEFT's can too."""
-    holder = model.get_submodule(path.rpartition(".")[0])
-    return type(model.get_submodule(path)) in (LoRALinear, BatchedLoRALinear) and not isinstance(
-        holder, nn.MultiheadAttention
-    )
+    """Whether the model calls the layer at ``path`` without LoRA of ours too, so that PEFT's takes part."""
+    parent, kind = model.get_submodule(path.rpartition(".")[0]), type(model.get_submodule(path))
+    states = [(holder, getattr(holder, STATE)) for holder in model.modules() if hasattr(holder, STATE)]
+    flagged = any(holder.get_submodule(flag) is parent for holder, state in states for flag in state.flags)
+    return kind in (LoRALinear, BatchedLoRALinear) and not isinstance(parent, nn.MultiheadAttention) and not flagged
