@@ -117,7 +117,7 @@ def add_lora(
         _check_rank(sites[j], slices, r)
     places = {j: Place(slices, r, alpha) for j, slices in chosen.items()}
     config = dict(r=r, alpha=alpha, targets=targets, dropout=dropout, num_adapters=num_adapters)
-    return place(model, sites, places, config, skipped=skipped, freeze=freeze, impl=impl)
+    return place(model, sites, places, config, skipped=skipped, freeze=freeze, recompute=recompute, impl=impl)
 
 
 class Place(NamedTuple):
@@ -130,7 +130,7 @@ class Place(NamedTuple):
 
 def place(
     model: nn.Module, sites: list[Site], places: dict[int, Place], config: dict, *, skipped: dict[str, str],
-    freeze: bool = True, impl: Impl = "auto",
+    freeze: bool = True, recompute: bool = True, impl: Impl = "auto",
 ) -> LoraReport:  # fmt: skip
     """Put LoRA into some of the sites, each with slices, rank and alpha of its own; if refused, nothing has changed."""
     for path, names in ((sites[j].path, tied(model, sites[j])) for j in places):
