@@ -193,7 +193,7 @@ def test_everything_that_can_run_is_right(stages, device):
     found, reasons = tune.check(SMALL, stages, choices, torch.device(device))
     assert reasons == {} and len(found) == len(choices)
     assert all(0 < error < 1e-6 for errors in found.values() for error in errors)
-    assert tune.agree(tune.Layer(SMALL, torch.device(device)), stages, choices, found) == {}
+    assert tune.agree(tune.Layer(SMALL, stages, torch.device(device)), choices, found) == {}
 
 
 @pytest.mark.parametrize("facts", (
@@ -232,10 +232,10 @@ def test_an_arm_that_is_wrong_at_its_full_size_only_is_not_believed(monkeypatch,
     choices = combinations(SMALL, ("forward",))
     found, reasons = tune.check(SMALL, ("forward",), choices, torch.device(device))
     assert reasons == {}
-    reasons = tune.agree(tune.Layer(SMALL, torch.device(device)), ("forward",), choices, found)
+    reasons = tune.agree(tune.Layer(SMALL, ("forward",), torch.device(device)), choices, found)
     assert set(reasons) == ours(choices) and reasons[2].startswith("at 40 rows it is 1.0e-03 from")
     off(monkeypatch, float("nan"), beyond=16)
-    assert set(tune.agree(tune.Layer(SMALL, torch.device(device)), ("forward",), choices, found)) == ours(choices)
+    assert set(tune.agree(tune.Layer(SMALL, ("forward",), torch.device(device)), choices, found)) == ours(choices)
 
 
 def test_an_arm_that_cannot_run_is_not_believed(monkeypatch, device):
@@ -245,6 +245,15 @@ def test_an_arm_that_cannot_run_is_not_believed(monkeypatch, device):
     monkeypatch.setattr(launch, "linear", broken)
     found, reasons = tune.check(SMALL, ("forward",), combinations(SMALL, ("forward",)), torch.device(device))
     assert set(found) == {0, 1} and reasons[2] == "RuntimeError: out of resource: shared memory"
+
+
+@pytest.mark.parametrize("stages, wanted", (
+    (("forward",), "FFF"), (("dgrad", "low"), "TFT"), (("factor",), "FTF"),
+), ids=str)  # fmt: skip
+def test_only_what_a_stage_is_for_is_computed(stages, wanted, device):
+    layer = tune.Layer(SMALL, stages, torch.device(device))
+    for one in (layer, layer.widened(torch.float64)):
+        assert "".join("FT"[t.requires_grad] for t in (*one.x, *one.factors)) == wanted
 
 
 def test_forced_are_the_stages_asked_for_and_no_other():
