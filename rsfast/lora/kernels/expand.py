@@ -48,7 +48,8 @@ def expand(
     rank = up.shape[-1]
     if not rows:
         return y
-    block_m, block_n = min(128, pad(rows)), min(128, pad(columns))
+    most = 128 if y.element_size() == 2 else 64  # operands of fp32 products take registers
+    block_m, block_n = min(most, pad(rows)), min(most, pad(columns))
     grid = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     expand_kernel[grid](
         base, y, low, up, bits, batch.slices_on(y, slices), batch.ids, batch.counts, batch.listed,

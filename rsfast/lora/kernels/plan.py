@@ -152,7 +152,7 @@ def candidates(stage: str, facts: Facts) -> tuple[Choice, ...]:
 
 def _tiles(dtype: torch.dtype) -> list[dict]:
     if dtype == torch.float32:
-        return [dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2)]
+        return [dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)]
     return [
         dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
