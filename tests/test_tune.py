@@ -394,8 +394,12 @@ def test_info_names_the_table_in_use(monkeypatch):
     assert tune.table_in_use(CPU) == "untuned: composed"
     run([FACTS], a_table(), Measure())
     assert tune.table_in_use(CPU) == str(plan.user_table("none"))
-    gpu = {"name": "X", "capability": "9.0", "memory_gib": 1.0, "driver": "1", "lora_table": "untuned: composed"}
-    text = info.as_text({"versions": {"torch": "2"}, "gpus": [gpu], "operations": {}, "warnings": []})
+    one = types.SimpleNamespace(name="X", total_memory=2**30, major=9, minor=0)
+    world = dict(device_count=lambda: 1, is_available=lambda: False, get_device_name=lambda device: "X")
+    with monkeypatch.context() as pretended:
+        pretended.setattr(torch, "cuda", types.SimpleNamespace(**world, get_device_properties=lambda i: one))
+        gpus = info._gpus()
+    text = info.as_text({"versions": {"torch": "2"}, "gpus": gpus, "operations": {}, "warnings": []})
     assert "lora table" in text and "untuned: composed, for X" in text
     monkeypatch.setattr(tune, "HAS_TRITON", False)
     assert tune.table_in_use(CPU) == "untuned: composed"
