@@ -63,6 +63,8 @@ def test_names_are_whole_paths_or_their_ends():
     assert list(places("clip", f"{path}.mlp.c_fc")) == [f"{path}.mlp.c_fc"]
     assert len(places("clip", "c_fc")) == len(places("clip", "mlp.c_fc")) == 5
     assert list(places("timm", "head")) == ["head"]
+    with pytest.raises(ValueError, match="'ead' names no linear layer"):
+        places("timm", "ead")
     whole = places("clip", f"{path}.attn.in_proj", "1.attn.out_proj")
     assert whole == {
         f"{path}.attn.in_proj": None,
@@ -197,13 +199,14 @@ def odd_model():
     model["encoder"] = nn.TransformerEncoderLayer(8, 2, 16)
     model["more_keys"] = nn.MultiheadAttention(8, 2, add_bias_kv=True)
     model["heads_first"] = AttentionCl(8, dim_head=4)
+    model["no_attention"] = nn.ModuleDict({"proj": nn.Linear(8, 8), "fc1": nn.Linear(8, 8)})
     return model
 
 
 def test_what_cannot_have_lora_is_skipped_with_the_reason():
     model = odd_model()
     before = snapshot(model)
-    names = [name for name in model if name not in ("encoder", "more_keys", "heads_first")]
+    names = [name for name in model if name not in ("encoder", "more_keys", "heads_first", "no_attention")]
     report = add_lora(model, r=2, targets=(*names, "linear1", "q", "out"))
     assert report.placed == {"fine": None, "heads_first.proj": None}
     reasons = {
@@ -283,6 +286,14 @@ def test_freezing(freeze):
     )
 
 
+def test_layers_of_gated_adapters_are_none_to_it():
+    """An adapter reads its layers' weights and does not call them."""
+    model = tiny_clip()
+    add_adapters(model, **SIZE)
+    with pytest.raises(ValueError, match="'down' names no linear layer"):
+        add_lora(model, r=2, targets=("down",))
+
+
 @pytest.mark.parametrize("first, leaves", list(itertools.product(("adapters", "lora"), repeat=2)))
 def test_beside_gated_adapters_in_any_order(first, leaves):
     add = {
@@ -306,7 +317,6 @@ def test_beside_gated_adapters_in_any_order(first, leaves):
         if name == "logit_scale":  # LoRA freezes it, and does not train it
             trained = first == "adapters"
         assert parameter.requires_grad == trained, name
-    assert all(".adapter." not in path for path in lora_layers(model))  # an adapter does not call its layers
     a = features(stir(stir_lora(model)), *inputs())
     twin = copy.deepcopy(model)
     if leaves == "adapters":
