@@ -72,6 +72,9 @@ def test_names_are_whole_paths_or_their_ends():
         "transformer.resblocks.1.attn.out_proj": None,
     }
     assert places("timm", "qkv")["blocks.0.attn.qkv"] is None
+    assert places("clip", "fc", "c_fc", "mlp.c_fc") == places("clip", "fc")
+    heads_first = AttentionCl(8, dim_head=4)  # q, k and v of a head lie together; all of them may have one LoRA
+    assert add_lora(heads_first, r=2, targets=("qkv",)).placed == {"qkv": None}
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     report = add_lora(model, 2, 4, ("2",))
     assert report == LoraReport({"2": None}, {}, 2 * 4 + 3 * 2) and model[2].scaling == 2
