@@ -12,12 +12,15 @@ from rsfast.models.lora import (
     unmerge_lora,
 )
 from rsfast.models.lora_live import check_live
+from rsfast.models.lora_storage import load_lora, save_lora
+from rsfast.models.peft_patch import PatchReport, patch_peft, unpatch
 from rsfast.models.storage import load_adapters, save_adapters
 
 __all__ = [
     "AdapterReport",
     "HarmaReport",
     "LoraReport",
+    "PatchReport",
     "adapters_off",
     "add_adapters",
     "add_lora",
@@ -25,11 +28,15 @@ __all__ = [
     "convert_harma_adapter",
     "load_adapters",
     "load_harma_checkpoint",
+    "load_lora",
     "lora_layers",
     "merge_lora",
+    "patch_peft",
     "remove_adapters",
     "remove_lora",
     "save_adapters",
+    "save_lora",
     "set_adapter_ids",
     "unmerge_lora",
+    "unpatch",
 ]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from rsfast._dispatch import Impl, use_fused
 from rsfast.models.freezing import give_back
 from rsfast.models.lora_attention import BatchedProjection, Projection
 from rsfast.models.lora_sites import ALIASES, Columns, Site, choose, find_sites, tied
+from rsfast.models.lora_sources import note_sources
 
 STATE = "_rsfast_lora"
 
@@ -48,6 +50,7 @@ class State:
     layers: dict[str, nn.Linear]  # that were replaced, by path
     classes: dict[str, type]  # of attentions before they were swapped, by path
     flags: dict[str, str]  # set on parents, by path
+    producers: dict[str, type]  # of norms and activations before they were swapped, by path
 
 
 def add_lora(
@@ -59,6 +62,7 @@ def add_lora(
     num_adapters: int = 1,
     *,
     freeze: bool = True,
+    recompute: bool = True,
     impl: Impl = "auto",
 ) -> LoraReport:
     """Put LoRA into the linear maps of a model, in place.
@@ -85,6 +89,8 @@ def add_lora(
             which.
         freeze: Freeze everything but LoRA, as PEFT does, ``logit_scale`` and gated adapters too. False leaves
             ``requires_grad`` of all else alone; weight and bias of the layers with LoRA are frozen in any case.
+        recompute: Where a layer's input comes straight from a LayerNorm or a GELU, keep for backward what that keeps
+            anyway and compute the input again inside the sum that needs it, as :class:`rsfast.Source` says. Fused only.
         impl: As in :func:`rsfast.lora_linear`.
 
     Returns:
@@ -110,7 +116,29 @@ def add_lora(
     sites = find_sites(model)
     chosen, skipped = choose(sites, targets)
     for j, slices in chosen.items():
-        _check_site(model, sites[j], slices, r)
+        _check_rank(sites[j], slices, r)
+    places = {j: Place(slices, r, alpha) for j, slices in chosen.items()}
+    config = dict(r=r, alpha=alpha, targets=targets, dropout=dropout, num_adapters=num_adapters)
+    return place(model, sites, places, config, skipped=skipped, freeze=freeze, recompute=recompute, impl=impl)
+
+
+class Place(NamedTuple):
+    """What a site is to get."""
+
+    slices: tuple[Columns, ...] | None
+    r: int
+    alpha: float
+
+
+def place(
+    model: nn.Module, sites: list[Site], places: dict[int, Place], config: dict, *, skipped: dict[str, str],
+    freeze: bool = True, recompute: bool = True, impl: Impl = "auto",
+) -> LoraReport:  # fmt: skip
+    """Put LoRA into some of the sites, each with slices, rank and alpha of its own; if refused, nothing has changed."""
+    for path, names in ((sites[j].path, tied(model, sites[j])) for j in places):
+        if names:
+            raise ValueError(f"targets: {path} cannot have LoRA, its weight is tied: {' and '.join(names)} are one")
+    num_adapters = config["num_adapters"]
     if num_adapters > 1:
         for path, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
@@ -118,19 +146,20 @@ def add_lora(
                     f"num_adapters must be 1: {path} takes (tokens, samples, width), where an id a sample finds no axis"
                 )
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    options = dict(r=r, alpha=alpha, dropout=dropout, impl=impl)
+    options = dict(dropout=config["dropout"], impl=impl)
     try:
-        layers = {sites[j].path: _build(model, sites[j], slices, num_adapters, options) for j, slices in chosen.items()}
+        layers = {sites[j].path: _build(model, sites[j], p, num_adapters, options) for j, p in places.items()}
     except BaseException:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(requires_grad[name])
         raise
-    config = dict(r=r, alpha=alpha, targets=targets, dropout=dropout, num_adapters=num_adapters)
-    state = State(config, requires_grad, {}, {}, {})
+    state = State(config, requires_grad, {}, {}, {}, {})
     if freeze:
         model.requires_grad_(False)
-    for j in chosen:
+    for j in places:
         _attach(model, sites[j], layers[sites[j].path], state)
+    if recompute:
+        state.producers.update(note_sources(model))
     setattr(model, STATE, state)
     placed = {path: layer.slices for path, layer in layers.items()}
     return LoraReport(placed, skipped, sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -159,6 +188,8 @@ def remove_lora(model: nn.Module) -> None:
             if isinstance(getattr(attention, name, None), Projection | BatchedProjection):
                 delattr(attention, name)
         attention.__class__ = kind
+    for path, kind in state.producers.items():
+        model.get_submodule(path).__class__ = kind
     for path, flag in state.flags.items():
         setattr(model.get_submodule(path), flag, False)
     delattr(model, STATE)
@@ -285,10 +316,7 @@ def _check_options(model, r, alpha, targets, dropout, num_adapters, freeze, impl
     return tuple(dict.fromkeys(names))
 
 
-def _check_site(model: nn.Module, site: Site, slices: tuple[Columns, ...] | None, r: int) -> None:
-    names = tied(model, site)
-    if names:
-        raise ValueError(f"targets: {site.path} cannot have LoRA, its weight is tied: {' and '.join(names)} are one")
+def _check_rank(site: Site, slices: tuple[Columns, ...] | None, r: int) -> None:
     columns = min(end - start for start, end in slices or ((0, site.columns),))
     inputs = site.weight.shape[1]
     if r > min(columns, inputs):
@@ -298,9 +326,9 @@ def _check_site(model: nn.Module, site: Site, slices: tuple[Columns, ...] | None
         )
 
 
-def _build(model: nn.Module, site: Site, slices, num_adapters: int, options: dict):
+def _build(model: nn.Module, site: Site, place: Place, num_adapters: int, options: dict):
     several = dict(num_adapters=num_adapters) if num_adapters > 1 else {}
-    options = dict(slices=slices, **several, **options)
+    options = {**place._asdict(), **several, **options}
     if site.name:
         kind = BatchedProjection if several else Projection
         return kind(site.attention, site.name, site.rows, **options)

@@ -6,6 +6,7 @@ from open_clip.transformer import Attention
 from torch import Tensor, nn
 
 from rsfast import BatchedLoRALinear, LoRALinear, batched_lora_linear, lora_linear
+from rsfast.models.attention import attend, project
 
 
 class _Projection:
@@ -56,7 +57,7 @@ class Projection(_Projection, LoRALinear):
     ) -> Tensor:
         if self.merged:
             return F.linear(x, weight, bias)
-        options = {**self._options(), "slices": slices}
+        options = {**self._options(x), "slices": slices}
         return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, **options)
 
 
@@ -68,7 +69,7 @@ class BatchedProjection(_Projection, BatchedLoRALinear):
     ) -> Tensor:
         if self.adapter_ids is None:
             return self(x)  # refuses
-        options = {**self._options(), "slices": slices}
+        options = {**self._options(x), "slices": slices}
         return batched_lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.adapter_ids, **options)
 
 
@@ -85,11 +86,7 @@ def _project(attention: nn.Module, q_x: Tensor, k_x: Tensor, v_x: Tensor) -> tup
         )
     width = attention.in_proj_weight.shape[0] // 3
     columns = attention.in_proj.columns if hasattr(attention, "in_proj") else lambda *args: _columns(attention, *args)
-    if q_x is k_x and k_x is v_x:
-        return columns(q_x, 0, 3 * width).chunk(3, -1)
-    if k_x is v_x:
-        return columns(q_x, 0, width), *columns(k_x, width, 3 * width).chunk(2, -1)
-    return tuple(columns(x, j * width, (j + 1) * width) for j, x in enumerate((q_x, k_x, v_x)))
+    return project(q_x, k_x, v_x, width, columns)
 
 
 def _columns(attention: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
@@ -122,48 +119,9 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
         need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if is_causal and attn_mask is None:
-            raise ValueError("attn_mask must be given with is_causal=True, which only says what kind of mask it is")
-        projected = _project(self, query, key, value)
-        single = query.ndim == 2
-        if single:
-            projected = [x.unsqueeze(0) for x in projected]
-        elif not self.batch_first:
-            projected = [x.transpose(0, 1) for x in projected]
-        q, k, v = (_heads(x, self.num_heads) for x in projected)
-        dropout_p = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q * self.head_dim**-0.5 @ k.mT
-            mask = self._mask(q, k, attn_mask, key_padding_mask)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
-            x = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights[0] if single else weights
-        else:
-            is_causal = is_causal and key_padding_mask is None
-            mask = None if is_causal else self._mask(q, k, attn_mask, key_padding_mask)
-            x = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
-        x = x.transpose(1, 2).flatten(2)
-        x = x[0] if single else x if self.batch_first else x.transpose(0, 1)
+        q, k, v = _project(self, query, key, value)
+        x, weights = attend(self, q, k, v, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return self.out_proj(x), weights
-
-    def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-        """Both masks together, to be added to the scores (N, heads, L, S)."""
-        N, (L, S) = len(q), (q.shape[2], k.shape[2])
-        if attn_mask is not None and attn_mask.shape not in ((L, S), (N * self.num_heads, L, S)):
-            expected = f"({L}, {S}) or ({N * self.num_heads}, {L}, {S})"
-            raise ValueError(f"attn_mask must have shape {expected}, got {tuple(attn_mask.shape)}")
-        if key_padding_mask is not None and key_padding_mask.shape not in ((N, S), (S,) if N == 1 else (N, S)):
-            raise ValueError(f"key_padding_mask must have shape ({N}, {S}), got {tuple(key_padding_mask.shape)}")
-        mask = _added(attn_mask, q.dtype, true_is_masked=True)
-        if mask is not None and mask.ndim == 3:
-            mask = mask.unflatten(0, (N, self.num_heads))
-        padding = _added(key_padding_mask, q.dtype, true_is_masked=True)
-        if padding is None:
-            return mask
-        padding = padding.view(N, 1, 1, S)
-        return padding if mask is None else mask + padding
 
 
 class LoRAAttention(Attention):
