@@ -268,6 +268,19 @@ def test_where_peft_has_no_lora_a_warning_names_it(tmp_path):
     load_lora(nn.MultiheadAttention(8, 2), tmp_path)
 
 
+def test_projections_of_other_scalings_and_ranks(tmp_path):
+    """PEFT has one of each for an attention; what it computes is the same."""
+    model = with_lora(clip, targets=("q", "v", "out"))
+    for path, layer in lora_layers(model).items():
+        layer.scaling = 2.0 if path.endswith("out_proj") else 0.5
+    save_lora(model, tmp_path)
+    assert_close(output(mended(in_peft(clip(), tmp_path))), output(model))
+    fresh = clip()
+    load_lora(fresh, tmp_path)
+    assert_close(output(fresh), output(model))
+    assert {layer.r for layer in lora_layers(fresh).values()} == {3}
+
+
 def test_half_precision(tmp_path):
     """fp32 factors beside a bf16 model stay fp32, in the file and back; a bf16 file becomes fp32."""
     model = with_lora(lambda: clip().bfloat16())
