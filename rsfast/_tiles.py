@@ -1,5 +1,6 @@
 """What the Triton kernels of all families share."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,3 +29,48 @@ def dot(a, b, acc):
     if INTERPRET:  # the interpreter multiplies bf16 operands wrongly, without a word
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile; tiles that run at the same time share operands in the L2 cache."""
+    band = tile // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    return band * GROUP + inside % height, inside // height
+
+
+@triton.jit
+def operand(source, row, column, rows, width, pitch, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A block of a (rows, width) matrix with rows ``pitch`` apart, zero outside; ``source`` may be a descriptor."""
+    if TMA:
+        return source.load([row, column])
+    else:  # descriptors do not compile as pointers
+        r, k = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK_K)
+        mask = (r[:, None] < rows) & (k[None, :] < width)
+        return tl.load(source + r[:, None].to(tl.int64) * pitch + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _halves(x, M: tl.constexpr, N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def pieces(x, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr):
+    """The tile as 1, 2 or 4 tiles side by side, so that what is computed from one needs few registers."""
+    if PIECES == 1:
+        return (x,)
+    elif PIECES == 2:
+        return _halves(x, M, N)
+    else:
+        left, right = _halves(x, M, N)
+        return _halves(left, M, N // 2) + _halves(right, M, N // 2)
+
+
+@torch.compiler.assume_constant_result
+def multiprocessors(device: torch.device) -> int:
+    """Programs that run at the same time."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if INTERPRET.value else 132  # interpreted, two show that they divide the work; compiled, as for an H200

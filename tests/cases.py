@@ -4,73 +4,16 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 import rsfast
 from rsfast.adapter import reference as adapter
-from rsfast.lora import reference as lora
 from rsfast.similarity import functional
 from rsfast.similarity import reference as similarity
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    public: Callable
-    reference: Callable
-    names: tuple[str, ...]  # of the tensors that inputs() makes
-    inputs: Callable  # (shape, dtype, device) -> tuple of floating point tensors
-    pack: Callable  # those tensors -> (args, kwargs) of public and reference
-    terms: Callable  # shape -> longest sum in the maths
-    io_bytes: Callable  # (shape, itemsize, backward=False) -> bytes the ideal kernel moves
-    flops: Callable  # (shape, backward=False) -> operations of the ideal kernel, which recomputes nothing
-    scalars: Callable  # shape -> name of each parameter that is one number, and the shape of what it multiplies
-    small: tuple = ()  # shapes for tests: aligned, odd, ones, empty, and both sides of a kernel's choices
-    large: tuple = ()  # shapes for benchmarks
-    dtypes: tuple = (FP32, FP16, BF16)
-    enough: int = 2  # first dimension beyond which the kernels stay the same
-    tiny: tuple = ()  # shape for the tests of how it is wired to PyTorch; rows without one only differ in size
-
-    def __str__(self):
-        return self.name
-
-    def call(self, fn, tensors, **options):
-        args, kwargs = self.pack(tensors)
-        return fn(*args, **kwargs, **options)
-
-    def scale(self, tensors, dy) -> dict[str, float]:
-        """Norm of the terms in the gradient of each scalar: one sum over everything, so it cancels.
-
-        The other gradients are many sums of the same kind, so the largest of them is the size of the terms.
-        """
-        tensors = [t.detach().double() for t in tensors]
-        scales = {}
-        for name, shape in self.scalars(tensors[0].shape).items():
-            at = self.names.index(name)
-            each = tensors[at].expand(shape).clone().requires_grad_()  # one copy for each number it multiplies
-            y = self.call(self.reference, [*tensors[:at], each, *tensors[at + 1 :]])
-            scales[name] = torch.autograd.grad(y, each, dy.double())[0].norm().item()
-        return scales
-
-    def has_kernel(self) -> bool:
-        """No kernel takes float64, so a fused one has to say why it cannot run: because there is none yet?"""
-        try:
-            self.call(self.public, self.inputs(self.small[0], torch.float64, "cpu"), impl="fused")
-        except NotImplementedError as error:
-            return "no kernel yet" not in str(error)
-        raise AssertionError(f"{self}: a kernel takes float64")
-
-
-def _draw(shapes, dtype, device):
-    """Normal numbers; ``shapes`` holds (shape, standard deviation)."""
-    g = torch.Generator().manual_seed(0)
-    return [(torch.randn(shape, generator=g) * std).to(device, dtype) for shape, std in shapes]
-
+from tests.case import BF16, FP16, FP32, Case, draw
+from tests.lora_cases import LORA
 
 WEIGHTS = adapter.SharedWeights._fields  # the adapter and its sub-adapter have parameters of the same names
 
@@ -103,9 +46,9 @@ def _adapter(
 
     def inputs(shape, dtype, device):
         width = shape[2]
-        x = _draw([(shape, 1)], dtype, device)
+        x = draw([(shape, 1)], dtype, device)
         shapes = _weights(width, r) + [((), 0.6)] * residual_gate + (_weights(r, s) if shared else [])
-        return (*x, *_draw(shapes, FP32 if mixed and dtype != torch.float64 else dtype, device))
+        return (*x, *draw(shapes, FP32 if mixed and dtype != torch.float64 else dtype, device))
 
     def pack(tensors):
         gated = 10 + residual_gate
@@ -189,7 +132,7 @@ def _loss(
         return (shape[0], texts(shape[0]))[:sides]
 
     def inputs(shape, dtype, device):
-        drawn = _draw([((n, shape[1]), 1) for n in sizes(shape)], FP32, device)
+        drawn = draw([((n, shape[1]), 1) for n in sizes(shape)], FP32, device)
         features = [F.normalize(t, dim=1).to(dtype) for t in drawn]
         wide = torch.promote_types(dtype, FP32)  # as models keep what is one number
         return (*features, *[torch.tensor(NUMBERS[number], dtype=wide, device=device) for number in numbers])
@@ -228,95 +171,6 @@ def _loss(
     )
 
 
-def some_ids(shape, adapters):
-    """Every adapter and none of them, in no order."""
-    return (7 * torch.arange(math.prod(shape)) % (adapters + 1) - 1).view(shape)
-
-
-def _factors(width, outputs, rank, parts, adapted, adapters):
-    several = (adapters,) * bool(adapters)
-    return [
-        ((*several, parts * rank, width), 1 / math.sqrt(width)),
-        ((*several, adapted, rank), 1 / math.sqrt(rank)),
-    ]  # fmt: skip
-
-
-def _lora(
-    name="", *, rank=8, adapters=0, by_token=False, dropout_p=0.0, slices=None, bias=True, mixed=False, ranks=None,
-    small=((33, 40, 24),), large=(), dtypes=(FP32, BF16), tiny=(),
-):  # fmt: skip
-    """Row of a linear layer with LoRA, of shape (tokens, K, N); with ``adapters`` (samples, tokens, K, N).
-
-    ``slices`` are shares of N; ``ranks`` those of the adapters, if they differ.
-    """
-    public = rsfast.batched_lora_linear if adapters else rsfast.lora_linear
-    names = ("x", "weight", *["bias"] * bias, "lora_A", "lora_B")
-
-    def columns(outputs):
-        return None if slices is None else tuple((round(a * outputs), round(b * outputs)) for a, b in slices)
-
-    def inputs(shape, dtype, device):
-        *tokens, width, outputs = shape
-        parts, adapted = 1, outputs
-        if slices is not None:
-            parts, adapted = len(slices), sum(end - start for start, end in columns(outputs))
-        x, weight, *b = _draw(
-            [((*tokens, width), 1), ((outputs, width), 1 / math.sqrt(width)), ((outputs,), 0.3)][: 2 + bias],
-            dtype, device,
-        )  # fmt: skip
-        wide = FP32 if mixed and dtype != torch.float64 else dtype
-        A, B = _draw(_factors(width, outputs, rank, parts, adapted, adapters), wide, device)
-        for g, r in enumerate(ranks or ()):
-            A.view(adapters, parts, rank, width)[g, :, r:] = 0
-            B[g, :, r:] = 0
-        return x, weight, *b, A, B
-
-    def pack(tensors):
-        x, weight, *b, A, B = tensors
-        options = dict(dropout_p=dropout_p, seed=torch.full((), 2**40 + 7, device=x.device)) if dropout_p else {}
-        if slices is not None:
-            options |= dict(slices=columns(len(weight)))
-        if not adapters:
-            return (x, weight, b[0] if bias else None, A, B, 1.7), options
-        scaling = torch.linspace(0.5, 2, adapters).to(x)  # in the dtype of x, for the oracle has one too
-        ids = some_ids(x.shape[:-1] if by_token else x.shape[:1], adapters).to(x.device)
-        return (x, weight, b[0] if bias else None, A, B, scaling, ids), options
-
-    def io_bytes(shape, itemsize, backward=False):
-        *tokens, width, outputs = shape
-        m, parts = math.prod(tokens), len(slices or (0,))
-        weights = outputs * width + max(adapters, 1) * rank * (parts * width + outputs)
-        # x in, y out; backward: dy and x in, dx out; s in either, and what dropout kept, one bit an element
-        each = m * (width + outputs + parts * rank) + weights + backward * (m * width + weights - outputs * width)
-        return round(each * itemsize + (m * width / 8 if dropout_p else 0))
-
-    def flops(shape, backward=False):
-        *tokens, width, outputs = shape
-        m, parts = math.prod(tokens), len(slices or (0,))
-        adapted = outputs if slices is None else sum(end - start for start, end in columns(outputs))
-        # base and LoRA; backward, the base being frozen: dx as large as the forward, and the factors' gradients
-        low = 2 * m * rank * (parts * width + adapted)
-        return 2 * m * width * outputs + (2 if backward else 1) * low
-
-    return Case(
-        f"{public.__name__}{name}",
-        public,
-        getattr(lora, public.__name__),
-        names,
-        inputs,
-        pack,
-        terms=lambda shape: max(*shape, math.prod(shape[:-2])),
-        io_bytes=io_bytes,
-        flops=flops,
-        scalars=lambda shape: {},
-        small=small,
-        large=large,
-        dtypes=dtypes,
-        enough=1024,
-        tiny=tiny,
-    )
-
-
 VISION = ((256, 50, 768), (64, 50, 768))
 TEXT = ((256, 77, 512), (64, 77, 512))
 LONG_VISION = ((256, 197, 768), (64, 197, 768), (256, 257, 1024), (64, 257, 1024))
@@ -329,7 +183,6 @@ EVERY = (FP32, FP16, BF16)
 HARMA_PAIRS, PAIRS = ((32768, 512), (428, 512)), ((65536, 512), (428, 512))
 ALL_PAIRS = ((65536, 512), (32768, 512), (428, 512), (65536, 1024), (16384, 512), (4096, 512), (1048576, 512))
 MAIN = dict(dtypes=EVERY, tiny=(7, 13))
-EVERY_LORA, EVERY_SAMPLE = dict(dtypes=EVERY, tiny=(7, 24, 9)), dict(dtypes=EVERY, tiny=(3, 4, 24, 9))
 
 CASES = [
     _adapter("", small=((1, 16, 32), ODD, ONES, EMPTY, (1, 64, 24), LONG), large=VISION + LONG_VISION + TEXT),
@@ -362,22 +215,5 @@ CASES = [
     _loss("sigmoid_loss", **MAIN, large=((65536, 768),)),
     _loss("one_way_sigmoid_loss", texts=lambda n: 2 * n + 3, offset=5, tiny=(7, 13)),
     _loss("uniformity_loss", **MAIN, large=((65536, 512),)),
-    _lora(rank=16, small=((64, 32, 48), (37, 41, 29), (1, 1, 1), (0, 24, 16)), **EVERY_LORA),
-    _lora("_rank3", rank=3, bias=False, mixed=True),
-    _lora("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
-    _lora("_dropout", dropout_p=0.3, tiny=(7, 24, 9), small=((33, 40, 24), (5, 13, 7))),
-    _lora("_qv", slices=((0, 1 / 3), (2 / 3, 1)), rank=4, tiny=(7, 24, 9), small=((33, 40, 96), (5, 13, 9))),
-    _lora(
-        "", adapters=3, rank=8, small=((5, 9, 40, 24), (2, 131, 24, 17), (1, 1, 1, 1), (0, 3, 24, 16)), **EVERY_SAMPLE
-    ),
-    _lora("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
-    _lora(
-        "_dropout_qv",
-        adapters=2,
-        dropout_p=0.3,
-        slices=((0, 1 / 3), (2 / 3, 1)),
-        rank=4,
-        small=((3, 13, 40, 30),),
-        dtypes=(FP32,),
-    ),
+    *LORA,
 ]

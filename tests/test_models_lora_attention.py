@@ -39,17 +39,24 @@ def tokens(batch_first, **shape):
     return [x if batch_first else x.transpose(0, 1) for x in (query, key, value)]
 
 
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+
+
+def masked(*shape):
+    """True at random, but never at the first key: a query that attends to nothing has no answer."""
+    return (draw(*shape) > 0.5) & (torch.arange(shape[-1]) > 0)
+
+
 MASKS = {
     "none": {},
-    "bool": {"attn_mask": torch.rand(L, S) > 0.7},
-    "float": {"attn_mask": torch.randn(L, S).double()},
-    "each_head": {"attn_mask": torch.rand(N * H, L, S) > 0.7},
+    "bool": {"attn_mask": masked(L, S)},
+    "float": {"attn_mask": draw(L, S)},
+    "each_head": {"attn_mask": masked(N * H, L, S)},
     "padding": {"key_padding_mask": torch.arange(S) >= torch.tensor([[5], [2], [3]])},
-    "float_padding": {"key_padding_mask": torch.randn(N, S).double()},
-    "both": {"attn_mask": torch.randn(N * H, L, S).double(), "key_padding_mask": torch.arange(S) > torch.ones(N, 1)},
+    "float_padding": {"key_padding_mask": draw(N, S)},
+    "both": {"attn_mask": draw(N * H, L, S), "key_padding_mask": masked(N, S)},
 }
-
-
 mismatched_masks_are_fine = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 
 
@@ -134,8 +141,8 @@ def test_adapters_of_a_batch_also_where_keys_come_from_elsewhere():
             assert torch.allclose(model(q, *rest)[0][0], together[j], rtol=0, atol=1e-12)
 
 
-def test_one_product_for_one_input(monkeypatch):
-    """Self-attention projects once; of a fused projection only what a target names has factors."""
+def test_one_product_for_each_input(monkeypatch):
+    """Self-attention projects once, another sequence's keys and values together; of a fused projection only what a target names has factors."""
     model, _ = attentions(("q", "v"), batch_first=True)
     monkeypatch.setattr(lora_attention, "_columns", lambda *args: pytest.fail("projected beside the layer"))
     calls, layer = [], model.in_proj
@@ -147,3 +154,11 @@ def test_one_product_for_one_input(monkeypatch):
     model(x, x, x)
     assert calls == [(N, L, 3 * D)]
     assert list(lora_layers(model)) == ["in_proj"]
+    spans, columns = [], type(layer).columns
+    monkeypatch.setattr(type(layer), "columns", lambda self, *args: spans.append(args[1:]) or columns(self, *args))
+    model(x, x + 1, x + 2)
+    model(x, x.clone(), x)
+    other = x + 1
+    model(x, other, other)
+    thirds = [(0, D), (D, 2 * D), (2 * D, 3 * D)]
+    assert spans == [*thirds, *thirds, (0, D), (D, 3 * D)]

@@ -58,6 +58,7 @@ def add_lora(
     targets: Sequence[str] = ALIASES,
     dropout: float = 0.0,
     num_adapters: int = 1,
+    *,
     freeze: bool = True,
     impl: Impl = "auto",
 ) -> LoraReport:
@@ -299,7 +300,9 @@ def _check_options(model, r, alpha, targets, dropout, num_adapters, freeze, impl
     use_fused(impl, [])  # refuses an unknown impl
     for path, module in model.named_modules():
         if hasattr(module, "lora_A"):
-            raise ValueError(f"model has LoRA already, in {path or 'itself'}; remove_lora takes it out")
+            raise ValueError(
+                f"model has LoRA already, in {path or 'itself'}; remove_lora takes out what add_lora put in"
+            )
     return tuple(dict.fromkeys(names))
 
 

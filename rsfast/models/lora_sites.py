@@ -31,6 +31,7 @@ class Site:
     weight: nn.Parameter
     aliases: dict[str, Columns | None]  # what it is called, and which of its columns that means; None: all
     refusal: str = ""  # why it cannot have LoRA after all
+    unsplit: str = ""  # why its aliases cannot be told apart
     attention: nn.Module | None = None  # that holds the weight, if no layer does
     name: str = ""  # of the weight in the attention
     rows: slice = field(default_factory=lambda: slice(None))  # of the attention's bias
@@ -76,18 +77,21 @@ def choose(sites: list[Site], targets: tuple[str, ...]) -> tuple[dict[int, tuple
     for target in targets:
         hits = [j for j, site in enumerate(sites) if _means(target, site)]
         if not hits and target not in ALIASES:
-            raise ValueError(f"targets: {target!r} names no linear layer of the model; there {_what_there_is(sites)}")
+            raise ValueError(f"targets: {target!r} names no linear layer of the model; {_what_there_is(sites)}")
         if not hits:
             skipped[target] = "the model has no such layer"
         for j in hits:
             chosen.setdefault(j, []).append(sites[j].aliases[target] if target in ALIASES else None)
+    chosen = dict(sorted(chosen.items()))
     for j, columns in chosen.items():
-        if len(columns) > 1 and None in columns:
+        if None in columns and len(set(columns)) > 1:
             raise ValueError(f"targets mean all of {sites[j].path} and parts of it; name the parts or the layer")
         chosen[j] = None if None in columns else tuple(sorted(columns))
-    for j in [j for j in chosen if sites[j].refusal]:
-        skipped[sites[j].path] = sites[j].refusal
-        del chosen[j]
+    for j, site in [(j, sites[j]) for j in chosen]:
+        refusal = site.refusal or (site.unsplit if chosen[j] else "")
+        if refusal:
+            skipped[site.path] = refusal
+            del chosen[j]
     if not chosen:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:8])
         raise ValueError(f"targets {targets} match nothing that can have LoRA ({reasons}); {_what_there_is(sites)}")
@@ -155,7 +159,7 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
     if isinstance(parent, LoRALinear | BatchedLoRALinear):
         return
     for name, layer in layers.items():
-        refusal, flag = _cannot(layer), ""
+        refusal, unsplit, flag = _cannot(layer), "", ""
         if isinstance(parent, AttentionPool2d):
             refusal = f"{type(parent).__name__} reads the weights of its layers and does not call them"
         aliases = {}
@@ -164,7 +168,7 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
             width, odd = divmod(layer.out_features, len(parts))
             aliases = {alias: (j * width, (j + 1) * width) for j, alias in enumerate(parts)}
             if odd or getattr(parent, "head_first", False) or hasattr(parent, "key_dim"):
-                refusal = refusal or f"{type(parent).__name__} does not keep {', '.join(parts)} one after the other"
+                unsplit = f"{type(parent).__name__} does not keep {', '.join(parts)} one after the other"
             if getattr(parent, "q_bias", None) is not None:
                 flag = "qkv_bias_separate"  # timm's EVA, BEiT and Swin 2 call the layer only then
                 if not hasattr(parent, flag):
@@ -175,7 +179,7 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
             aliases = {"out": None}
         elif is_mlp and name in FIRST + SECOND:
             aliases = {"fc" if name in FIRST else "proj": None}
-        yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, flag=flag)
+        yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, unsplit, flag=flag)
 
 
 def _unfit(weight: torch.Tensor | None) -> str:

@@ -16,7 +16,7 @@ def why_not_fused(x: Tensor, rank: int = 16, dtype: torch.dtype | None = None) -
         f"x is {x.dtype}; the kernels take fp32, fp16 and bf16": x.dtype in DTYPES and dtype in (None, *DTYPES),
         f"the rank is {rank}; the kernels take 1 to {MAX_RANK}": 1 <= rank <= MAX_RANK,
     }
-    return [*why_not_triton(x), *(reason for reason, fine in wants.items() if not fine), "no kernel yet"]
+    return why_not_triton(x) + [reason for reason, fine in wants.items() if not fine]
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

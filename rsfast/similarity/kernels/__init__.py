@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import once_differentiable, register
+from rsfast._tiles import multiprocessors
 from rsfast.similarity.kernels import hardest, pairwise, small, softmax
-from rsfast.similarity.kernels.plan import multiprocessors
 from rsfast.similarity.reference import Negatives
 
 _OPTIONS = (

@@ -7,9 +7,9 @@ of two near its largest entry (and, in fp16, multiplied by 2^14), so that nothin
 import triton
 import triton.language as tl
 
-from rsfast._tiles import LOG2E, cast
+from rsfast._tiles import LOG2E, cast, pieces, place
 from rsfast.similarity.kernels.forward import sigmoid
-from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores, violation, weighed, weighed_grad
+from rsfast.similarity.kernels.tiles import at_edge, inside, scores, violation, weighed, weighed_grad
 
 
 @triton.jit

@@ -8,8 +8,8 @@ with ``EXACT``, a maximum for each tile's rows and columns; whichever does not a
 import triton
 import triton.language as tl
 
-from rsfast._tiles import LN2, LOG2E
-from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores, violation, weighed
+from rsfast._tiles import LN2, LOG2E, pieces, place
+from rsfast.similarity.kernels.tiles import at_edge, inside, scores, violation, weighed
 
 
 @triton.jit

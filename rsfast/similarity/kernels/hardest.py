@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast._dispatch import capability, once_differentiable, register
-from rsfast._tiles import LOG2E, cast
+from rsfast._tiles import LOG2E, cast, pieces, place
 from rsfast.similarity.kernels.plan import Tiles
 from rsfast.similarity.kernels.prepare import Batch, matches
-from rsfast.similarity.kernels.tiles import at_edge, inside, pieces, place, scores, weighed, weighed_grad
+from rsfast.similarity.kernels.tiles import at_edge, inside, scores, weighed, weighed_grad
 
 _LAST = tl.constexpr(2**31 - 1)
 BLOCK = 256  # rows or columns of a program that looks at the violations

@@ -6,7 +6,7 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from rsfast._dispatch import capability
-from rsfast._tiles import INTERPRET
+from rsfast._tiles import multiprocessors
 
 WORKSPACE = 2**29  # bytes of a pass's partial sums
 BLOCK = 2**29  # elements of 16 bits in a block of G, both parts counted
@@ -29,14 +29,6 @@ class Tiles:
     def grid(self, rows: int, columns: int, device: torch.device) -> tuple[int]:
         tiles = cdiv(rows, self.BLOCK_M) * cdiv(columns, self.BLOCK_N)
         return (min(tiles, multiprocessors(device)),)
-
-
-@torch.compiler.assume_constant_result
-def multiprocessors(device: torch.device) -> int:
-    """Programs that run at the same time."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 2 if INTERPRET.value else 132  # interpreted, two show that they divide the work; compiled, as for an H200
 
 
 def tiles(device: torch.device, rows: int, columns: int, width: int, *, large: bool) -> Tiles:

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import INTERPRET, LOG2E, cast
+from rsfast._tiles import INTERPRET, LOG2E, cast, multiprocessors, pieces
 from rsfast.similarity.kernels import small_tiles as small
-from rsfast.similarity.kernels.plan import multiprocessors
-from rsfast.similarity.kernels.tiles import inside, pieces, violation, weighed, weighed_grad
+from rsfast.similarity.kernels.tiles import inside, violation, weighed, weighed_grad
 
 PEAKS = tl.constexpr(64)  # programs that look for the largest feature of a side
 BLOCK_PEAK = 2048

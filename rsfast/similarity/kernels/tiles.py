@@ -8,27 +8,7 @@ them, operands are read through tensor descriptors (TMA).
 import triton
 import triton.language as tl
 
-from rsfast._tiles import INTERPRET, LOG2E, dot
-
-
-@triton.jit
-def place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile; tiles that run at the same time share operands in the L2 cache."""
-    band = tile // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - band * GROUP, GROUP)
-    inside = tile % (GROUP * tiles_n)
-    return band * GROUP + inside % height, inside // height
-
-
-@triton.jit
-def _operand(source, row, column, rows, width, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A block of a (rows, width) matrix, zero outside."""
-    if TMA:
-        return source.load([row, column])
-    else:  # descriptors do not compile as pointers
-        r, k = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK_K)
-        mask = (r[:, None] < rows) & (k[None, :] < width)
-        return tl.load(source + r[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0)
+from rsfast._tiles import INTERPRET, LOG2E, dot, operand
 
 
 @triton.jit
@@ -38,33 +18,16 @@ def scores(a, b, row, column, rows, columns, width, PARTS: tl.constexpr, TMA: tl
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if PARTS == 1:
         for k in tl.range(0, width, BLOCK_K):
-            x = _operand(a, row, k, rows, width, TMA, BLOCK_M, BLOCK_K)
-            acc = dot(x, _operand(b, column, k, columns, width, TMA, BLOCK_N, BLOCK_K).T, acc)
+            x = operand(a, row, k, rows, width, width, TMA, BLOCK_M, BLOCK_K)
+            acc = dot(x, operand(b, column, k, columns, width, width, TMA, BLOCK_N, BLOCK_K).T, acc)
     else:
         half = width // 2
         for k in tl.range(0, 3 * half, BLOCK_K):  # high low + low high + high high: the small first, to round less
             ka = tl.where(k < 2 * half, k, k - 2 * half)
             kb = tl.where(k < half, k + half, k - half - tl.where(k < 2 * half, 0, half))
-            x = _operand(a, row, ka, rows, width, TMA, BLOCK_M, BLOCK_K)
-            acc = dot(x, _operand(b, column, kb, columns, width, TMA, BLOCK_N, BLOCK_K).T, acc)
+            x = operand(a, row, ka, rows, width, width, TMA, BLOCK_M, BLOCK_K)
+            acc = dot(x, operand(b, column, kb, columns, width, width, TMA, BLOCK_N, BLOCK_K).T, acc)
     return acc
-
-
-@triton.jit
-def _halves(x, M: tl.constexpr, N: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def pieces(x, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr):
-    """The tile as 1, 2 or 4 tiles side by side, so that what is computed from one needs few registers."""
-    if PIECES == 1:
-        return (x,)
-    elif PIECES == 2:
-        return _halves(x, M, N)
-    else:
-        left, right = _halves(x, M, N)
-        return _halves(left, M, N // 2) + _halves(right, M, N // 2)
 
 
 @triton.jit
