@@ -142,7 +142,7 @@ def test_adapters_of_a_batch_also_where_keys_come_from_elsewhere():
 
 
 def test_one_product_for_each_input(monkeypatch):
-    """Self-attention projects once, another sequence's keys and values together; of a fused projection only what a target names has factors."""
+    """Self-attention projects once; another sequence's keys and values together; only targets have factors."""
     model, _ = attentions(("q", "v"), batch_first=True)
     monkeypatch.setattr(lora_attention, "_columns", lambda *args: pytest.fail("projected beside the layer"))
     calls, layer = [], model.in_proj

@@ -80,6 +80,7 @@ def add_lora(
         alpha: LoRA is scaled by ``alpha / r``.
         targets: ``"q"``, ``"k"``, ``"v"`` (an attention's projections), ``"out"`` (its output), ``"fc"``, ``"proj"``
             (first and second layer of an MLP), and names of linear layers: the last parts of a path, or all of it.
+            :func:`rsfast.models.check_live` tells whether a model calls what you name.
         dropout: As in :class:`rsfast.LoRALinear`.
         num_adapters: Above 1 every layer is a :class:`rsfast.BatchedLoRALinear`; :func:`set_adapter_ids` says who uses
             which.

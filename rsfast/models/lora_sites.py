@@ -8,7 +8,7 @@ import torch
 from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
 
-from rsfast import BatchedLoRALinear, GatedAdapter, LoRALinear, SharedAdapter
+from rsfast import GatedAdapter, SharedAdapter
 from rsfast.models.lora_attention import LoRAAttention, LoRACrossAttention, LoRAMultiheadAttention
 
 ALIASES = ("q", "k", "v", "out", "fc", "proj")
@@ -44,13 +44,10 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """All linear maps of a model, first to last, but for those inside gated adapters; changes nothing."""
-    sites, adapters, fast = [], (), ()
+    """All linear maps of a model, first to last, but for those of gated adapters; changes nothing."""
+    sites, fast = [], ()
     for path, module in model.named_modules():
-        if path.startswith(adapters):
-            continue
         if isinstance(module, GatedAdapter | SharedAdapter):
-            adapters = (*adapters, _inside(path))
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             fast = (*fast, _inside(path))
@@ -156,8 +153,6 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
     layers = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
     attends = not layers.keys().isdisjoint((*FUSED, "q_proj", "q"))
     is_mlp = not layers.keys().isdisjoint(FIRST) and not layers.keys().isdisjoint(SECOND)
-    if isinstance(parent, LoRALinear | BatchedLoRALinear):
-        return
     for name, layer in layers.items():
         refusal, unsplit, flag = _cannot(layer), "", ""
         if isinstance(parent, AttentionPool2d):
