@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast._tiles import cast, dot
-from rsfast.lora.kernels.outer import add_up
 from rsfast.lora.kernels.plan import Batch, Slices, pad
+from rsfast.lora.kernels.sums import AT_ONCE, Sums
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import rows_of
 
@@ -59,9 +59,16 @@ def once_kernel(
              mask=in_rows[:, None] & ranks)  # fmt: skip
 
 
+def tiling(rows: int, rank: int, itemsize: int, batch: Batch) -> tuple[int, int]:
+    """Rows of a program, and how many programs a slice has."""
+    block_m = min(FINE, pad(rows), 8192 // pad(rank)) if itemsize == 2 else min(64, pad(rows))
+    return block_m, len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
+
+
 def once(
-    dy: Tensor, lora_B: Tensor, s: Tensor, scale: float, batch: Batch, slices: Slices, buffer: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, lora_B: Tensor, s: Tensor, scale: float, batch: Batch, slices: Slices, buffer: Tensor | None = None,
+    sums: Sums = AT_ONCE,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """ds (rows, ranks) and the gradient of ``lora_B``; s holds the scale already.
 
     ``buffer`` (rows, columns + ranks or more) gets dy, and ds behind it; it is for one slice over everything.
@@ -69,14 +76,12 @@ def once(
     (rows, columns), rank = dy.shape, lora_B.shape[-1]
     parts = max(len(slices) // 3, 1)
     ds = dy.new_empty(rows, parts * rank) if buffer is None else buffer[:, columns : columns + rank]
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
     if not rows:
-        return ds, dB.zero_()
+        return ds, torch.zeros_like(lora_B, memory_format=torch.contiguous_format)
     block_r = pad(rank)
-    block_m = min(FINE, pad(rows), 8192 // block_r) if dy.element_size() == 2 else min(64, pad(rows))
-    programs = len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
+    block_m, programs = tiling(rows, rank, dy.element_size(), batch)
     size = lora_B.shape[-2] * rank
-    part = dy.new_empty(programs, size, dtype=torch.float32)
+    part = sums.room(dy, programs, size)
     once_kernel[programs, parts](
         dy, lora_B, s, ds, buffer, part, batch.scales, batch.slices_on(dy, slices), batch.fine, batch.order,
         rows, columns, rank, size, dy.stride(0), s.stride(0), ds.stride(0), lora_B.stride(0) if batch.several else 0,
@@ -85,5 +90,4 @@ def once(
         BLOCK_M=block_m, BLOCK_N=min(64, pad(columns)), BLOCK_R=block_r, num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
     )  # fmt: skip
-    last = batch.fine_last * (FINE // block_m) if batch.several else None
-    return ds, add_up(part, dB, batch, last)
+    return ds, sums.add_up(part, lora_B, batch, batch.fine_last, times=FINE // block_m)
