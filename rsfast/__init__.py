@@ -9,6 +9,7 @@ from rsfast.lora import (
     lora_expand,
     lora_linear,
     lora_shrink,
+    reduce_together,
 )
 from rsfast.similarity import (
     AdaptiveTripletLoss,
@@ -48,6 +49,7 @@ __all__ = [
     "lora_expand",
     "lora_linear",
     "lora_shrink",
+    "reduce_together",
     "sigmoid_loss",
     "triplet_loss",
     "uniformity_loss",

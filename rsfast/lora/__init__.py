@@ -1,6 +1,13 @@
 """Low-rank adaptation: one fused linear layer, and batches in which every sample has an adapter of its own."""
 
-from rsfast.lora.functional import AdapterBatch, batched_lora_linear, lora_expand, lora_linear, lora_shrink
+from rsfast.lora.functional import (
+    AdapterBatch,
+    batched_lora_linear,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    reduce_together,
+)
 from rsfast.lora.module import BatchedLoRALinear, LoRALinear
 
 __all__ = [
@@ -11,4 +18,5 @@ __all__ = [
     "lora_expand",
     "lora_linear",
     "lora_shrink",
+    "reduce_together",
 ]

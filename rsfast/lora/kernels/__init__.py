@@ -1,10 +1,12 @@
 """Triton kernels of linear layers with LoRA, and the choice among them and cuBLAS."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from rsfast._dispatch import once_differentiable, register
-from rsfast.lora.kernels import launch
+from rsfast.lora.kernels import launch, together
 from rsfast.lora.kernels.parts import lora_expand, lora_shrink
 from rsfast.lora.kernels.plan import flat, rows_apart
 
@@ -46,12 +48,12 @@ _bwd = register(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist):
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist, shares):
         y, s, bits = _fwd(
             x, weight, bias, lora_A, lora_B, scale, scales, tables, slices, dropout_p, seed, insist, True
         )  # fmt: skip
         ctx.save_for_backward(x, s, bits, weight, lora_A, lora_B, scales, *tables)
-        ctx.options = scale, slices, dropout_p, insist
+        ctx.options, ctx.shares = (scale, slices, dropout_p, insist), shares
         return y
 
     @staticmethod
@@ -60,12 +62,13 @@ class _LoRALinear(torch.autograd.Function):
         x, s, bits, weight, lora_A, lora_B, scales, *tables = ctx.saved_tensors
         scale, slices, dropout_p, insist = ctx.options
         need_x, need_weight, need_bias, need_A, need_B = needs = ctx.needs_input_grad[:5]
-        dx, dA, dB, dW, db = _bwd(
+        run = _bwd if ctx.shares is None else functools.partial(together.bwd_later, ctx.shares)
+        dx, dA, dB, dW, db = run(
             rows_apart(dy), x, s, bits, weight, lora_A, lora_B, scale, scales, tables, slices, dropout_p, insist,
             need_x, need_A, need_B, need_weight, need_bias,
         )  # fmt: skip
         grads = (grad if need else None for grad, need in zip((dx, dW, db, dA, dB), needs, strict=True))
-        return *grads, *[None] * 7
+        return *grads, *[None] * 8
 
 
 def lora_linear(
@@ -85,8 +88,9 @@ def lora_linear(
     tables, slices = tables or [], flat(slices)
     learned = [t for t in (x, weight, bias, lora_A, lora_B) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and learned:
+        lora_A, lora_B, shares = together.take(rows, weight, lora_A, lora_B, tables, slices, dropout_p, insist)
         y = _LoRALinear.apply(
-            rows, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist
+            rows, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist, shares
         )  # fmt: skip
     else:
         y, _, _ = _fwd(

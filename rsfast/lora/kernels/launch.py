@@ -106,7 +106,7 @@ def low_stage(dy, lora_B, s, scale, batch, slices, arm, need_B, buffer=None, sum
     rank, width = lora_B.shape[-1], dy.shape[1]
     if arm == "once" and rank <= MAX_RANK:
         one_slice = None if slices else buffer
-        ds, dB = once(dy, lora_B, s, scale, batch, slices, one_slice, sums if need_B else AT_ONCE)
+        ds, dB = once(dy, lora_B, s, scale, batch, slices, one_slice, sums if need_B else None)
         if buffer is not None and one_slice is None:
             ds = _beside(dy, ds, buffer)
         return ds, dB if need_B else lora_B.new_empty(0)

@@ -67,9 +67,9 @@ def tiling(rows: int, rank: int, itemsize: int, batch: Batch) -> tuple[int, int]
 
 def once(
     dy: Tensor, lora_B: Tensor, s: Tensor, scale: float, batch: Batch, slices: Slices, buffer: Tensor | None = None,
-    sums: Sums = AT_ONCE,
+    sums: Sums | None = AT_ONCE,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """ds (rows, ranks) and the gradient of ``lora_B``; s holds the scale already.
+    """ds (rows, ranks) and the gradient of ``lora_B``, without ``sums`` None; s holds the scale already.
 
     ``buffer`` (rows, columns + ranks or more) gets dy, and ds behind it; it is for one slice over everything.
     """
@@ -81,7 +81,7 @@ def once(
     block_r = pad(rank)
     block_m, programs = tiling(rows, rank, dy.element_size(), batch)
     size = lora_B.shape[-2] * rank
-    part = sums.room(dy, programs, size)
+    part = (sums or AT_ONCE).room(dy, programs, size)
     once_kernel[programs, parts](
         dy, lora_B, s, ds, buffer, part, batch.scales, batch.slices_on(dy, slices), batch.fine, batch.order,
         rows, columns, rank, size, dy.stride(0), s.stride(0), ds.stride(0), lora_B.stride(0) if batch.several else 0,
@@ -90,4 +90,4 @@ def once(
         BLOCK_M=block_m, BLOCK_N=min(64, pad(columns)), BLOCK_R=block_r, num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
     )  # fmt: skip
-    return ds, sums.add_up(part, lora_B, batch, batch.fine_last, times=FINE // block_m)
+    return ds, sums and sums.add_up(part, lora_B, batch, batch.fine_last, times=FINE // block_m)

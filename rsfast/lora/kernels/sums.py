@@ -2,6 +2,7 @@
 
 import functools
 import struct
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from rsfast._tiles import cast
 from rsfast.lora.kernels.plan import Batch
 
 CHUNKS, ELEMENTS = 32, 128  # a program's block of partial sums
-ALIGN = 64  # numbers; partial sums and results of a factor start at a multiple of it
+ALIGN = 64  # numbers; partial sums and gradients start at a multiple of it
 FIELDS = tl.constexpr(8)
 
 
@@ -58,7 +59,7 @@ def reduce_all_kernel(
     part_ptr, out_ptr, owner_ptr, table_ptr, last_ptr, SEVERAL: tl.constexpr, ALIGN: tl.constexpr,
     CHUNKS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """What ``reduce_kernel`` computes, for every ``Sum`` of a table; a program finds its own in ``owner_ptr``."""
+    """What ``reduce_kernel`` computes, for every row of a table; a program finds its own in ``owner_ptr``."""
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program) * FIELDS
     part, out, block = tl.load(entry), tl.load(entry + 1), program - tl.load(entry + 2)
@@ -71,8 +72,7 @@ def reduce_all_kernel(
         last = tl.where(counted, tl.load(last_ptr + at + 1, mask=counted, other=0) * times, last)
     e = block * ELEMENTS + tl.arange(0, ELEMENTS)
     acc = add_chunks(part_ptr + part.to(tl.int64) * ALIGN, e, size, first, last, CHUNKS, ELEMENTS)
-    out_ptr += out.to(tl.int64) * ALIGN
-    tl.store(out_ptr + e, cast(acc * factor, out_ptr.dtype.element_ty), mask=e < size)
+    tl.store(out_ptr + out + e, cast(acc * factor, out_ptr.dtype.element_ty), mask=e < size)
 
 
 class Sums:
@@ -104,7 +104,19 @@ class Sums:
 
 
 AT_ONCE = Sums()
-Sum = tuple[int, int, int, int, float, int, int]  # part and out (in ALIGN), size, chunks, factor, times, at or -1
+
+
+class Sum(NamedTuple):
+    """One factor's partial sums among those of others."""
+
+    part: int  # where they begin, in ALIGN numbers
+    out: int  # where the result begins
+    size: int
+    chunks: int
+    factor: float
+    times: int
+    at: int  # of several adapters, where among all counts of chunks theirs begin; else -1
+    adapters: int
 
 
 def aligned(numbers: int) -> int:
@@ -112,7 +124,7 @@ def aligned(numbers: int) -> int:
 
 
 def add_up_all(parts: Tensor, out: Tensor, sums: tuple[Sum, ...], last: Tensor | None) -> None:
-    """All sums in one launch; those of an ``at`` of 0 or more find their chunks in ``last[at : at + 2]``."""
+    """All sums in one launch; ``last`` are all counts of chunks, as ``Sums.add_up`` takes them."""
     owner, table = _on_device(sums, parts.device)
     reduce_all_kernel[(len(owner),)](
         parts, out, owner, table, last,
@@ -122,13 +134,12 @@ def add_up_all(parts: Tensor, out: Tensor, sums: tuple[Sum, ...], last: Tensor |
 
 @functools.lru_cache(maxsize=64)
 def _on_device(sums: tuple[Sum, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which sum each program works on, and the sums; copied once for equal sizes, so that a CUDA graph can hold it."""
-    blocks = torch.tensor([triton.cdiv(size, ELEMENTS) for _, _, size, *_ in sums])
-    owner = torch.repeat_interleave(torch.arange(len(sums)), blocks)
-    rows = [
-        (part, out, first, size, chunks, struct.unpack("i", struct.pack("f", factor))[0], times, at)
-        for (part, out, size, chunks, factor, times, at), first in zip(
-            sums, (blocks.cumsum(0) - blocks).tolist(), strict=True
-        )
-    ]  # fmt: skip
-    return owner.int().to(device), torch.tensor(rows, dtype=torch.int32).to(device)
+    """Which row each program works on, and the rows; copied once for equal sizes, so that a CUDA graph can hold it."""
+    rows, owner = [], []
+    for part, out, size, chunks, factor, times, at, adapters in sums:
+        bits = struct.unpack("i", struct.pack("f", factor))[0]
+        for g in range(adapters):
+            blocks = triton.cdiv(size, ELEMENTS)
+            rows.append((part, out + g * size, len(owner), size, chunks, bits, times, -1 if at < 0 else at + g))
+            owner += [len(rows) - 1] * blocks
+    return tuple(torch.tensor(numbers, dtype=torch.int32).to(device) for numbers in (owner, rows))
