@@ -29,7 +29,7 @@ from rsfast import _dispatch
 
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 NOW = []  # the architectures launches were recorded for, so far

@@ -111,7 +111,7 @@ def linear(
         operands = {
             name: TensorDescriptor(t, list(t.shape), list(t.stride()), blocks[name]) for name, t in operands.items()
         }
-    block_r = pad(rank) if down is not None else min(64, pad(rank))
+    block_r = pad(rank) if down is not None else min(64 if x.element_size() == 2 else 16, pad(rank))
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
     linear_kernel[(min(tiles, multiprocessors(x.device)),)](
         *operands.values(), bias, low, up, down, bits, batch.slices_on(x, slices), batch.ids, batch.counts,
@@ -121,7 +121,7 @@ def linear(
         BY_COLUMN=transposed, HAS_BIAS=bias is not None, INSIDE=down is not None, MASKED=bits is not None,
         SEVERAL=batch.several, SLICED=bool(slices), TMA=tma, GROUP=8, PIECES=pieces,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r,
-        num_warps=choice.num_warps if block_m * block_n > 8192 else 4, num_stages=choice.num_stages,
+        num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
     return y
 

@@ -1,5 +1,7 @@
 """One read of dY for all that the LoRA needs of it: ds = alpha B^T dy, and the gradient of B."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,14 +25,15 @@ def once_kernel(
 ):  # fmt: skip
     """ds of a block of rows and a slice; its part of dB, ``(columns of all slices, rank)`` for each program.
 
-    ``COPY`` writes dy again, in front of ds in wider rows.
+    ``COPY`` writes dy again, in front of ds in wider rows. ``SLICED``, if not 0, divides where slices start and end.
     """
     program, piece = tl.program_id(0), tl.program_id(1)
     adapter, r, in_rows = rows_of(program, table_ptr, order_ptr, rows, SEVERAL, CHUNK, BLOCK_M)
     start, end, first = 0, columns, 0
     if SLICED:
-        start, end = tl.load(slices_ptr + 3 * piece), tl.load(slices_ptr + 3 * piece + 1)
-        first = tl.load(slices_ptr + 3 * piece + 2)
+        start = tl.multiple_of(tl.load(slices_ptr + 3 * piece), SLICED)
+        end = tl.load(slices_ptr + 3 * piece + 1)
+        first = tl.multiple_of(tl.load(slices_ptr + 3 * piece + 2), SLICED)
     if SEVERAL:
         b_ptr += tl.maximum(adapter, 0).to(tl.int64) * stride_bg
         scale = tl.where(adapter < 0, 0.0, tl.load(scales_ptr + tl.maximum(adapter, 0)).to(tl.float32))
@@ -59,9 +62,9 @@ def once_kernel(
              mask=in_rows[:, None] & ranks)  # fmt: skip
 
 
-def tiling(rows: int, rank: int, itemsize: int, batch: Batch) -> tuple[int, int]:
-    """Rows of a program, and how many programs a slice has."""
-    block_m = min(FINE, pad(rows), 8192 // pad(rank)) if itemsize == 2 else min(64, pad(rows))
+def tiling(rows: int, rank: int, wide: bool, batch: Batch) -> tuple[int, int]:
+    """Rows of a program, and how many programs a slice has; operands of fp32 (``wide``) products take registers."""
+    block_m = min(32 if wide else min(FINE, 8192 // pad(rank)), pad(rows))
     return block_m, len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
 
 
@@ -79,15 +82,16 @@ def once(
     if not rows:
         return ds, torch.zeros_like(lora_B, memory_format=torch.contiguous_format)
     block_r = pad(rank)
-    block_m, programs = tiling(rows, rank, dy.element_size(), batch)
+    wide = dy.element_size() == 4
+    block_m, programs = tiling(rows, rank, wide, batch)
     size = lora_B.shape[-2] * rank
     part = (sums or AT_ONCE).room(dy, programs, size)
     once_kernel[programs, parts](
         dy, lora_B, s, ds, buffer, part, batch.scales, batch.slices_on(dy, slices), batch.fine, batch.order,
         rows, columns, rank, size, dy.stride(0), s.stride(0), ds.stride(0), lora_B.stride(0) if batch.several else 0,
         lora_B.stride(-2), lora_B.stride(-1), scale,
-        SEVERAL=batch.several, SLICED=bool(slices), COPY=buffer is not None, CHUNK=FINE,
-        BLOCK_M=block_m, BLOCK_N=min(64, pad(columns)), BLOCK_R=block_r, num_warps=8 if block_m >= 128 else 4,
-        num_stages=3,
+        SEVERAL=batch.several, SLICED=math.gcd(16, *slices) if slices else 0, COPY=buffer is not None, CHUNK=FINE,
+        BLOCK_M=block_m, BLOCK_N=min(32 if wide else 64, pad(columns)), BLOCK_R=block_r,
+        num_warps=8 if wide or block_m >= 128 else 4, num_stages=2 if wide else 3,
     )  # fmt: skip
     return ds, sums and sums.add_up(part, lora_B, batch, batch.fine_last, times=FINE // block_m)

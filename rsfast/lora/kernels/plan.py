@@ -132,14 +132,14 @@ def candidates(stage: str, facts: Facts) -> list[Choice]:
         found.append(Choice("augmented"))
     tiles = _tiles(facts.dtype)
     found += [Choice("expand", **sizes) for sizes in tiles]
-    if stage == "forward" and plain and facts.parts == 1 and facts.rank <= 32:
-        found += [Choice("inside", **sizes) for sizes in tiles if sizes["BLOCK_N"] <= 256]
+    if stage == "forward" and plain and facts.parts == 1 and facts.rank <= 32 and facts.dtype != torch.float32:
+        found += [Choice("inside", **sizes) for sizes in tiles]
     return found[:12]
 
 
 def _tiles(dtype: torch.dtype) -> list[dict]:
     if dtype == torch.float32:
-        return [dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)]
+        return [dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2)]
     return [
         dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),

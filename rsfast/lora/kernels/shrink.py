@@ -76,7 +76,7 @@ def shrink(
     if not rows:
         return out[:, :ranks], bits
     block_r = min(pad(out.shape[1]), 128)
-    block_m = 64 if rows >= 4096 or batch.several else 16 if rows < 1024 else 32
+    block_m = 64 if rows >= 1024 or batch.several else 16
     programs = len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
     shrink_kernel[programs, triton.cdiv(out.shape[1], block_r)](
         x, factor, out, buffer, bits, seed, batch.scales, batch.fine, batch.order,
@@ -85,6 +85,6 @@ def shrink(
         levels(dropout_p) if dropout_p else 0,
         SEVERAL=batch.several, COPY=buffer is not None, DROPOUT=bool(dropout_p), ROUNDS=ROUNDS, CHUNK=FINE,
         BLOCK_M=block_m, BLOCK_K=min(128, pad(width)) if x.element_size() == 2 else min(64, pad(width)),
-        BLOCK_R=block_r, num_warps=4, num_stages=3,
+        BLOCK_R=block_r, num_warps=8 if block_r > 32 and block_m > 16 else 4, num_stages=3,
     )  # fmt: skip
     return out[:, :ranks], bits

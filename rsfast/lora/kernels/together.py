@@ -175,7 +175,7 @@ def take(x, weight, lora_A, lora_B, tables, slices, dropout_p, insist) -> tuple[
     facts, batch = facts_of(x, weight, lora_A, lora_B, slices, dropout_p), batch_of(tables, None)
     if share_B is not None:
         if choose("low", facts, x.device, insist).arm == "once" and facts.rank <= once.MAX_RANK:
-            _, programs = once.tiling(facts.rows, facts.rank, x.element_size(), batch)
+            _, programs = once.tiling(facts.rows, facts.rank, x.element_size() == 4, batch)
             share_B.pile.expect(programs * lora_B.shape[-2] * facts.rank)
         lora_B = share_B.alias
     if share_A is not None:
