@@ -151,6 +151,7 @@ def _half(
 
 EVERY = (FP32, FP16, BF16)
 QV = ((0, 1 / 3), (2 / 3, 1))
+MANY = tuple((i / 32, (i + 1) / 32) for i in range(32))  # keys and values of a diffusion model's cross-attentions
 ODD, ONES, EMPTY = (37, 41, 29), (1, 1, 1), (0, 24, 16)
 LORA = [
     _lora(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), dtypes=EVERY, tiny=(7, 24, 9)),
@@ -158,6 +159,7 @@ LORA = [
     _lora("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
     _lora("_dropout", dropout_p=0.3, small=((33, 40, 24), (5, 13, 7)), tiny=(7, 24, 9)),
     _lora("_qv", slices=QV, rank=4, small=((33, 40, 96), (5, 13, 9)), tiny=(7, 24, 9)),
+    _lora("_many", slices=MANY, rank=2, small=((19, 24, 100),), dtypes=(FP32,)),
     _lora(
         adapters=3, small=((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY)), dtypes=EVERY, tiny=(3, 4, 24, 9)
     ),

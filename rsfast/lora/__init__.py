@@ -8,12 +8,14 @@ from rsfast.lora.functional import (
     lora_shrink,
     reduce_together,
 )
+from rsfast.lora.group import LoRALinearGroup
 from rsfast.lora.module import BatchedLoRALinear, LoRALinear
 
 __all__ = [
     "AdapterBatch",
     "BatchedLoRALinear",
     "LoRALinear",
+    "LoRALinearGroup",
     "batched_lora_linear",
     "lora_expand",
     "lora_linear",
