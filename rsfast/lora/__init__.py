@@ -2,6 +2,7 @@
 
 from rsfast.lora.functional import (
     AdapterBatch,
+    Source,
     batched_lora_linear,
     lora_expand,
     lora_linear,
@@ -16,6 +17,7 @@ __all__ = [
     "BatchedLoRALinear",
     "LoRALinear",
     "LoRALinearGroup",
+    "Source",
     "batched_lora_linear",
     "lora_expand",
     "lora_linear",

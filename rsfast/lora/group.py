@@ -79,7 +79,7 @@ class LoRALinearGroup(LoRALinear):
         if self.merged:
             y = F.linear(x, weight, bias)
         else:
-            y = lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, **self._options())
+            y = lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, **self._options(x))
         return tuple(y[..., start:end] for start, end in self.slices)  # not split: its views refuse changes in place
 
     def merge(self) -> None:
@@ -192,7 +192,7 @@ class LoRALinearGroup(LoRALinear):
         layer, (start, end), ranks = self.layers[index], self.slices[index], slice(index * self.r, (index + 1) * self.r)
         if self.merged:
             return F.linear(x, layer.weight, layer.bias)
-        options = self._options() | dict(slices=None)
+        options = self._options(x) | dict(slices=None)
         return lora_linear(
             x, layer.weight, layer.bias, self.lora_A[ranks], self.lora_B[start:end], self.scaling, **options
         )

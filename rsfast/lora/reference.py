@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 1 << 16  # of a draw: a probability of dropout is rounded to a multiple of 2^-16
+SOURCES = ("layer_norm", "gelu", "gelu_tanh", "quick_gelu")  # functions whose result can be computed again
 ROUNDS = 7  # of Philox 4x32, the fewest that pass BigCrush (Salmon et al., SC 2011)
 
 
@@ -103,3 +104,20 @@ def _wide(s: Tensor, lora_B: Tensor, slices: tuple[tuple[int, int], ...] | None,
     for part, B, (start, end) in zip(s.chunk(len(slices), -1), lora_B.split(widths, -2), slices, strict=True):
         y = y + F.pad(F.linear(part, B), (start, width - end))
     return y
+
+
+def made_again(
+    function: str, x: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What a source describes, ``(rows, width)``, rounded to ``dtype``."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if function == "layer_norm":
+        x = (x - mean[:, None]) * rstd[:, None]
+        x = x if weight is None else x * weight
+        x = x if bias is None else x + bias
+    elif function == "quick_gelu":
+        x = x * torch.sigmoid(1.702 * x)
+    else:
+        x = F.gelu(x, approximate="tanh" if function == "gelu_tanh" else "none")
+    return x.to(dtype)

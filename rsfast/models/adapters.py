@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rsfast import GatedAdapter, SharedAdapter
 from rsfast._dispatch import Impl, use_fused
 from rsfast.models.blocks import ADAPTED, ORIGINAL, EndOfText, PaddingAwareTransformer, Transformer
+from rsfast.models.freezing import give_back
 from rsfast.models.towers import TOWERS, Tower, find_towers
 
 STATE = "_rsfast_adapters"
@@ -144,8 +145,7 @@ def remove_adapters(model: nn.Module) -> None:
             _unwatch(tower)
     if state.config["freeze"]:
         model.logit_scale.data.copy_(state.logit_scale)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+    give_back(model, STATE)
     delattr(model, STATE)
 
 

@@ -42,8 +42,8 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
     text = json.dumps({"format": FORMAT, "adapters": config, "model": facts}, indent=2)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, save(tensors))
-    _replace(folder / CONFIG, (text + "\n").encode())
+    replace_file(folder / WEIGHTS, save(tensors))
+    replace_file(folder / CONFIG, (text + "\n").encode())
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike) -> AdapterReport:
@@ -156,7 +156,7 @@ def _differences(prefix: str, saved, mine) -> list[str]:
     return [] if saved == mine else [f"{prefix} is {saved!r} in the file and {mine!r} here"]
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def replace_file(path: pathlib.Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

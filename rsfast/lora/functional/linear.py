@@ -16,6 +16,7 @@ from rsfast.lora.functional.checks import (
     why_not_fused,
     working_dtype,
 )
+from rsfast.lora.functional.source import Source, check_source
 
 
 def lora_linear(
@@ -29,6 +30,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     slices: Slices | None = None,
+    source: Source | None = None,
     impl: Impl = "auto",
 ) -> Tensor:  # (..., N)
     r"""Linear layer with low-rank adaptation, as one operation.
@@ -53,6 +55,8 @@ def lora_linear(
         slices: Ranges of output columns that have a LoRA each, in order and apart, as q, k and v in a fused
             projection: for ``S`` of them ``lora_A`` is ``(S r, K)``, one under the other, and ``lora_B`` ``(n, r)``
             with ``n`` columns in all of them. Columns in no slice are the layer's. None: one LoRA for all.
+        source: What ``x`` was made from, a :class:`Source`; then it is kept for backward in place of ``x``. Only the
+            fused implementation makes use of it, and not while ``weight`` is trained.
         impl: ``auto`` runs what is fastest for these sizes by the tables that come with the library or that
             ``rsfast tune`` wrote, products of cuBLAS where they say nothing; ``fused`` insists on the kernels;
             ``reference`` is plain PyTorch.
@@ -81,6 +85,8 @@ def lora_linear(
     check_ranks(lora_A, lora_B, slices, x.shape[-1], len(weight))
     if isinstance(scaling, Tensor):
         raise ValueError(f"scaling must be a number, got a tensor of shape {tuple(scaling.shape)}")
+    if source is not None:
+        check_source(x, source)
     seed = seed_on(x, dropout_p, seed)
     dtype = working_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -88,7 +94,7 @@ def lora_linear(
         from rsfast.lora import kernels
 
         return kernels.lora_linear(
-            x, weight, bias, lora_A, lora_B, scaling, None, dropout_p, seed, slices, impl == "fused"
+            x, weight, bias, lora_A, lora_B, scaling, None, dropout_p, seed, slices, source, impl == "fused"
         )
     return reference.lora_linear(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling, dropout_p, seed, slices)
 
@@ -105,6 +111,7 @@ def batched_lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     slices: Slices | None = None,
+    source: Source | None = None,
     impl: Impl = "auto",
 ) -> Tensor:  # (..., N)
     r"""Linear layer with a LoRA of its own for each sample or token, as one operation that trains all of them.
@@ -127,6 +134,7 @@ def batched_lora_linear(
         dropout_p: As in :func:`lora_linear`.
         seed: As in :func:`lora_linear`.
         slices: As in :func:`lora_linear`, with an axis of adapters in front.
+        source: As in :func:`lora_linear`.
         impl: As in :func:`lora_linear`.
 
     Returns:
@@ -154,6 +162,8 @@ def batched_lora_linear(
     check_ranks(lora_A, lora_B, slices, x.shape[-1], len(weight))
     check_scaling(x, scaling, len(lora_A))
     batch, repeats = batch_of(x, adapter_ids, len(lora_A))
+    if source is not None:
+        check_source(x, source)
     seed = seed_on(x, dropout_p, seed)
     dtype = working_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -161,8 +171,9 @@ def batched_lora_linear(
         from rsfast.lora import kernels
 
         return kernels.lora_linear(
-            x, weight, bias, lora_A, lora_B, scaling, batch.plan(repeats), dropout_p, seed, slices, impl == "fused"
-        )
+            x, weight, bias, lora_A, lora_B, scaling, batch.plan(repeats), dropout_p, seed, slices, source,
+            impl == "fused",
+        )  # fmt: skip
     return reference.batched_lora_linear(
         x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling.to(dtype), batch.ids, dropout_p, seed, slices
     )

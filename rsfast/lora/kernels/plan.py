@@ -76,6 +76,17 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Made:
+    """The function that gave x, with what it needs beside its input."""
+
+    function: str | None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """An implementation of a stage; the sizes are those of ``linear_kernel``, unused by the others.
 
@@ -108,6 +119,7 @@ class Facts:
     dropout: bool
     dtype: torch.dtype
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - facts are values, and every layer asks at every call
     def key(self, stage: str) -> str:
         """Name of these facts in a table."""
         bucket = next((f"to{end}" for end in ROWS if self.rows <= end), f"over{ROWS[-1]}")
@@ -119,13 +131,14 @@ class Facts:
         )
 
 
-def candidates(stage: str, facts: Facts) -> list[Choice]:
+@functools.lru_cache(maxsize=4096)
+def candidates(stage: str, facts: Facts) -> tuple[Choice, ...]:
     """Everything that can run a stage, the composed one first; at most twelve."""
     plain = not facts.adapters and not facts.dropout
     if stage == "low":
-        return [COMPOSED] + [Choice("once")] * (facts.rank <= 64)
+        return (COMPOSED, *[Choice("once")] * (facts.rank <= 64))
     if stage == "factor":
-        return [COMPOSED] + [Choice("outer")] * plain  # composed is the same without plain
+        return (COMPOSED, *[Choice("outer")] * plain)  # composed is the same without plain
     found = [COMPOSED]
     # dropout's mask is of x: forward it is spent on s already
     if not facts.adapters and (stage == "forward" or not facts.dropout):
@@ -134,7 +147,7 @@ def candidates(stage: str, facts: Facts) -> list[Choice]:
     found += [Choice("expand", **sizes) for sizes in tiles]
     if stage == "forward" and plain and facts.parts == 1 and facts.rank <= 32 and facts.dtype != torch.float32:
         found += [Choice("inside", **sizes) for sizes in tiles]
-    return found[:12]
+    return tuple(found[:12])
 
 
 def _tiles(dtype: torch.dtype) -> list[dict]:

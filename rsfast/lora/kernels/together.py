@@ -166,13 +166,13 @@ def collected(factors: Sequence[Tensor], max_bytes: int) -> Iterator[None]:
 Shares = tuple[Share | None, Share | None]
 
 
-def take(x, weight, lora_A, lora_B, tables, slices, dropout_p, insist) -> tuple[Tensor, Tensor, Shares | None]:
+def take(x, weight, lora_A, lora_B, tables, slices, dropout_p, insist, source):
     """The factors as the layer takes them, and their shares; piles now expect the partial sums that it will leave."""
     found = {} if torch.compiler.is_compiling() else _SHARES.get() or {}
     share_A, share_B = (found.get(id(factor)) for factor in (lora_A, lora_B))
     if share_A is None and share_B is None:
         return lora_A, lora_B, None
-    facts, batch = facts_of(x, weight, lora_A, lora_B, slices, dropout_p), batch_of(tables, None)
+    facts, batch = facts_of(x, x.dtype, weight, lora_A, lora_B, slices, dropout_p), batch_of(tables, None)
     if share_B is not None:
         if choose("low", facts, x.device, insist).arm == "once" and facts.rank <= once.MAX_RANK:
             _, programs = once.tiling(facts.rows, facts.rank, x.element_size() == 4, batch)
@@ -180,7 +180,7 @@ def take(x, weight, lora_A, lora_B, tables, slices, dropout_p, insist) -> tuple[
         lora_B = share_B.alias
     if share_A is not None:
         if choose("factor", facts, x.device, insist).arm != "composed" or dropout_p or batch.several:
-            *_, chunks = outer.tiling(x, lora_A.shape[-2], batch)
+            *_, chunks = outer.tiling(x if source is None else source[1], lora_A.shape[-2], batch)
             share_A.pile.expect(chunks * lora_A.shape[-2] * facts.contracted)
         lora_A = share_A.alias
     return lora_A, lora_B, (share_A, share_B)
@@ -188,10 +188,10 @@ def take(x, weight, lora_A, lora_B, tables, slices, dropout_p, insist) -> tuple[
 
 def bwd_later(shares: Shares, *arguments):
     """``bwd``, whose dA and dB are None where they come later or nobody asks for them."""
-    *others, need_x, need_A, need_B, need_weight, need_bias = arguments
+    *others, need_x, need_A, need_B, need_weight, need_bias, function, made = arguments
     sums = [AT_ONCE if share is None else share.sums() for share in shares]
     needs = need_A and sums[0] is not None, need_B and sums[1] is not None
-    dx, *grads, dW, db = bwd(*others, need_x, *needs, need_weight, need_bias, *sums)
+    dx, *grads, dW, db = bwd(*others, need_x, *needs, need_weight, need_bias, function, made, *sums)
     for i, (need, later) in enumerate(zip(needs, sums, strict=True)):
         if not need:
             grads[i] = None
