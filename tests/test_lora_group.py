@@ -156,7 +156,9 @@ def test_attached_layers_take_their_part_of_one_product(model, products):
     assert_equal(outputs, alone(model)[0])
     assert_equal([model.group.lora_A.grad, model.group.lora_B.grad], expected_grads(model))
     assert all(isinstance(block, nn.Linear) for block in model.blocks)
+    model.blocks[0](X)
     model.group.detach()
+    assert model.group._held is None
     assert_equal(model(X), [nn.functional.linear(X, block.weight, block.bias) for block in model.blocks])
 
 
@@ -260,6 +262,18 @@ def test_merging(model):
     model.group.unmerge()
     assert_equal([block.weight for block in model.blocks], before)
     assert_equal(model(X), adapted)
+
+
+def test_merging_a_copy(model):
+    """A copy's layers and group hold weights apart until either is used; merging is a use."""
+    adapted, plain = alone(model)[0], [nn.Linear.forward(block, X) for block in model.blocks]
+    twin = copy.deepcopy(model)
+    twin.group.merge()
+    assert_equal(twin(X), adapted)
+    twin = copy.deepcopy(twin)
+    twin.group.unmerge()
+    assert_equal(twin(X), plain)
+    assert_equal(twin.group(X), adapted)
 
 
 def test_one_interpreted_product(device):

@@ -1,5 +1,6 @@
 """Gradients of many layers added up in one launch: the same bits, whatever autograd is asked to do."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -387,3 +388,18 @@ def test_bad_input(model):
         together(model, None)
     with rsfast.reduce_together(model):
         pass
+
+
+def test_inputs_that_are_computed_again(device, launches):
+    """The function's input is wider than its output, so the sums of lora_A have more chunks."""
+    torch.manual_seed(0)
+    layer, h = lora(24, 24, torch.bfloat16).to(device), inputs(device, rows=70)
+    factors, grads = [layer.lora_A, layer.lora_B], []
+    for around in (contextlib.nullcontext(), rsfast.reduce_together(factors)):
+        launches.clear()
+        with around:
+            x, source = nn.functional.gelu(h).bfloat16(), rsfast.Source("gelu", h)
+            y = rsfast.lora_linear(x, layer.weight, layer.bias, *factors, 2.0, source=source, impl="fused")
+        grads.append(torch.autograd.grad(y.square().sum(), factors))
+    assert launches == ["reduce_all_kernel"]
+    assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*grads, strict=True))

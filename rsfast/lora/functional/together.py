@@ -13,24 +13,25 @@ from rsfast._dispatch import HAS_TRITON, why_not_triton
 def reduce_together(model: nn.Module | Iterable[Tensor], *, max_bytes: int = 2**28) -> Iterator[None]:
     r"""Around the forward pass of a model: backward adds up the gradients of all its LoRA factors in one launch.
 
-    The gradient of a factor is a sum over all tokens. The kernels take it in partial sums of chunks of tokens, which
-    every layer adds up in a launch of its own, two a layer. Of layers called in here, the partial sums wait for each
-    other instead. Worth it where launches cost more than the work, that is for small batches and many layers.
+    The kernels take the gradient of a factor, a sum over all tokens, in partial sums of chunks of tokens. Every layer
+    adds up its own, in two launches. Of layers called in here, the partial sums wait for each other instead. Meant for
+    small batches in many layers, where launches cost more than the work.
 
-    Gradients are the same bit for bit. They arrive in ``.grad`` at the end of backward, as views of one tensor for each
-    device and dtype; so hooks of a parameter and DDP's exchange run then, and not during backward. Everything else is
-    as without: accumulation, ``retain_graph``, layers used twice or not at all, checkpointing, frozen factors.
+    Gradients are the same, bit for bit. They arrive in ``.grad`` at the end of backward, as views of one tensor for
+    each device and dtype; so hooks of parameters, and DDP's exchange, run then and not during backward. Everything else
+    is as without: accumulation, ``retain_graph``, layers used twice or not at all, checkpointing, frozen factors.
 
-    It changes nothing for layers that run in plain PyTorch, for products that cuBLAS takes whole, inside compiled
-    regions, and for factors that are other tensors inside a layer than in ``model.parameters()``, as FSDP makes them.
+    It changes nothing for layers that run in plain PyTorch, for sums that products of cuBLAS take, in compiled regions,
+    on another stream than the one it is entered on, and for factors that are other tensors inside a layer than in
+    ``model.parameters()``, as FSDP makes them.
 
     Args:
         model: Its parameters with a ``lora_A`` or ``lora_B`` in the name take part (PEFT's too, after
             ``rsfast.models.patch_peft``). Or the factors themselves, as :func:`rsfast.lora_linear` takes them.
-        max_bytes: What the partial sums may take, for each device and dtype of factors; layers beyond it add up theirs
-            at once. They live until the end of backward. Of ``M`` tokens in 16 bits a layer leaves about
-            ``4 (M / 256) r N`` bytes for ``lora_B`` and ``4 c r K`` for ``lora_A``, ``c`` being the chunks of which
-            two waves of programs consist.
+        max_bytes: What partial sums may take, for each device and dtype of factors; layers beyond it add up theirs at
+            once. They are allocated when backward begins and live until it ends. For M tokens in 16 bits and a rank
+            up to 32, a layer leaves ``4 ceil(M / 256) r N`` bytes for ``lora_B`` and, where K is 128 or more, at most
+            ``1024 r`` bytes for each multiprocessor of the GPU for ``lora_A``.
 
     Raises:
         ValueError: There is no LoRA in the model, or ``max_bytes`` is no number of bytes.
