@@ -1,13 +1,16 @@
-"""Floors of the gated adapter and of the in-batch losses: what no version can run much faster than.
+"""Floors of the gated adapter, the in-batch losses and layers with LoRA: what no version can run much faster than.
 
 python -m benchmarks.floors            rewrite the table in benchmarks/NOTES.md
 """
 
+import math
 import pathlib
 
 from benchmarks.arms import ADAPTERS, TIMED, caption_lengths
+from benchmarks.lora import ROWS
 
 NOTES = pathlib.Path(__file__).parent / "NOTES.md"
+LORA = ("lora_linear_r16", "lora_linear_r16_dropout", "lora_linear_r64", "batched_lora_linear_g8_random")
 START, END = "<!-- floors:start -->", "<!-- floors:end -->"
 # rates of an H200 in units a second: a large copy and a large bf16 product as measured on one before this library was
 # written; exponentials as 16 a clock on each of 132 multiprocessors at 1.755 GHz, which nobody has measured
@@ -66,9 +69,31 @@ def loss_table() -> list[str]:
     return lines
 
 
+def lora_table() -> list[str]:
+    lines = [
+        "| layer | shape | pass | MB | GFLOP | of the layer alone | bytes, us | products, us | floor, us |",
+        "|---|---|---|" + "---:|" * 6,
+    ]
+    for name in LORA:
+        for shape in ROWS[name].shapes:
+            for which, passes in (("forward", (False,)), ("forward+backward", (False, True))):
+                moved = sum(ROWS[name].case.io_bytes(shape, 2, backward=backward) for backward in passes)
+                flops = sum(ROWS[name].case.flops(shape, backward=backward) for backward in passes)
+                alone = len(passes) * 2 * math.prod(shape)
+                times = [1e6 * moved / COPY, 1e6 * flops / PRODUCTS]
+                cells = [name, "x".join(map(str, shape)), which, f"{moved / 1e6:.0f}", f"{flops / 1e9:.0f}"]
+                cells += [f"{100 * alone / flops:.0f} %", *(f"{t:.0f}" for t in (*times, max(times)))]
+                lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def notes_with_table() -> str:
     before, _, rest = NOTES.read_text().partition(START)
-    return f"{before}{START}\n" + "\n".join([*table(), "", *loss_table()]) + f"\n{END}{rest.partition(END)[2]}"
+    return (
+        f"{before}{START}\n"
+        + "\n".join([*table(), "", *loss_table(), "", *lora_table()])
+        + f"\n{END}{rest.partition(END)[2]}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from benchmarks import results
 from tests.cases import BF16, CASES, FP32
 
 ROOT = pathlib.Path(__file__).parent.parent
-PARTS = ("tests", "memcheck", "racecheck", "ops", "losses", "step")  # benchmarks get the time that is left
+PARTS = ("tests", "memcheck", "racecheck", "ops", "losses", "tune", "lora", "step")  # benchmarks: the time that is left
 AT_MOST = {"tests": 240.0, "memcheck": 60.0, "racecheck": 45.0}  # seconds, so that no part eats the others
-KEPT_FOR = {"losses": 150.0, "step": 90.0}  # seconds that the benchmarks before leave, if there is so much
-KERNELS = ("contract", "adapter", "similarity*")  # tests that a GPU sees more of than a CPU
+KEPT_FOR = {"losses": 150.0, "tune": 120.0, "lora": 150.0, "step": 90.0}  # seconds that the parts before leave, if so
+KERNELS = ("contract", "adapter", "similarity*", "lora*", "tune")  # tests that a GPU sees more of than a CPU
 SAMPLE = (
     "gated_adapter", "gated_adapter_shared", "gated_adapter_shared_lengths",
     "harma_loss_ids", "contrastive_loss", "triplet_loss_hardest", "sigmoid_loss",
+    "lora_linear", "lora_linear_dropout", "lora_linear_qv", "batched_lora_linear", "batched_lora_linear_dropout_qv",
 )  # fmt: skip
 MANY_PAIRS = (1537, 72)  # more than one launch of a loss holds, and no multiple of a tile
 
@@ -44,9 +45,13 @@ def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
     if part in ("memcheck", "racecheck"):
         tool = ["compute-sanitizer", "--tool", part, "--error-exitcode", "1", "--target-processes", "all"]
         return [*tool, sys.executable, "-m", "benchmarks.gpu", "--sample"]
+    commit = ["--commit", args.commit] if args.commit else []
+    if part == "tune":
+        rsfast = [sys.executable, "-c", "import sys; from rsfast.cli import main; sys.exit(main())"]
+        return [*rsfast, "tune", "--budget", str(max(seconds - 20, 5)), *commit]
     target = f"benchmarks/bench_{part}.py"
     options = ["--results", str(args.out), "--budget", str(max(seconds - 20, 5)), "--benchmark-disable-gc"]
-    return [*pytest, target, *options, *(["--commit", args.commit] if args.commit else []), *chosen]
+    return [*pytest, target, *options, *commit, *chosen]
 
 
 def sample() -> None:
@@ -107,6 +112,9 @@ def main() -> int:
         sample()
         return 0
     args.out = args.out.resolve()
+    os.environ["XDG_CACHE_HOME"] = str(
+        args.out
+    )  # the table of `rsfast tune` is a result too, and the benchmarks use it
     outcomes = run([part for part in PARTS if part in parts], args, start)
     for part, outcome in outcomes.items():
         print(f"{part:10} {outcome}")

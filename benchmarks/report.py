@@ -19,12 +19,18 @@ COLUMNS = (  # left to right; an implementation not named here follows in alphab
     "harma", "harma-sdpa", "harma-compiled", "harma-sdpa-compiled", "reference", "reference-compiled",
     "reference-tuned", "rsfast", "rsfast-lengths", "rsfast-compiled", "fused",
 )  # fmt: skip
-OURS = ("rsfast", "rsfast-lengths", "rsfast-compiled", "fused")
+OURS = ("rsfast", "rsfast-lengths", "rsfast-compiled", "auto", "fused")
 LOSSES_SAY = (  # above their table
     "forward and backward. Times ours: their time over ours, run in turn. Four GEMMs: what cuBLAS took in the same "
     "run for four bf16 products of this size, as a share of the time. Error: of the features' gradients, relative to "
     "float64."
 )
+LORA_SAYS = (  # above its table
+    "ours is `auto`; `fused` runs its kernels whatever a table says. Times ours: their time over ours, run in turn. "
+    "Over frozen: over the layer without LoRA. Target: what was aimed at before anything was measured. Error: the "
+    "largest of the output's and the gradients', relative to float64."
+)
+FLOORS = ("frozen", "merged")  # have no LoRA to train, so they are no competition
 SHOWN = ("forward", "forward+backward", "step")  # the backward alone is in the results file
 FAMILIES = ("adapter", "lora", "similarity", "kmeans", "step")
 WRONG = 0.1  # of a gradient's norm: more than roundings explain, so another function, whose speed says nothing
@@ -103,9 +109,50 @@ def loss_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _error(row: dict) -> float:
-    """The largest of a row's gradients of features, as a share of the gradient's norm in float64."""
-    return max(value for name, value in row.items() if name.startswith("error_") and name.endswith("features"))
+def _error(row: dict, ending: str = "features") -> float:
+    """The largest of a row's errors whose names end so, as a share of the norm in float64; all of them by ""."""
+    return max((v for name, v in row.items() if name.startswith("error_") and name.endswith(ending)), default=0.0)
+
+
+def lora_table(rows: list[dict]) -> list[str]:
+    """Layers with LoRA, one line an implementation, the fastest of those that are right and train in bold."""
+    heads = ["layer, shape, dtype, pass", "implementation", "ms", "times ours", "target", "over frozen", "error"]
+    heads += ["saved, MB", "peak memory, MB", "commit"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for (op, shape, dtype, which), group in grouped([r for r in rows if r["pass"] in SHOWN]).items():
+        rivals = {name: row for name, row in group.items() if name not in FLOORS and _error(row, "") <= WRONG}
+        fastest = min((row["seconds"] for row in rivals.values()), default=None)
+        for name, row in sorted(group.items(), key=lambda item: item[1]["seconds"]):
+            seconds, error, beside = row["seconds"], _error(row, ""), row.get("beside_seconds")
+            ours = seconds if name == "auto" else beside
+            alone = beside if name == "auto" else group.get("frozen", {}).get("seconds")
+            text, aim = f"{seconds * 1e3:.3f}", row.get("target")
+            cells = [f"{op}, {shape}, {dtype}, {which}", f"**{name}**" if name in OURS else name]
+            cells += [f"**{text}**" if name in rivals and seconds == fastest else text]
+            cells += [f"{seconds / ours:.2f}" if ours else ""]
+            cells += ["" if aim is None else f"≤ {aim:g} over frozen" if name == "auto" else f"≥ {aim:g}"]
+            cells += [f"{seconds / alone:.2f}" if alone else "", f"{error:.0e}" + ", wrong" * (error > WRONG)]
+            cells += [f"{row['saved_memory'] / 1e6:.0f}" if "saved_memory" in row else ""]
+            cells += [f"{row['peak_memory'] / 1e6:.0f}", row["commit"][:8]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, *_kept_table([row for row in rows if row["pass"] == "memory"])]
+
+
+def _kept_table(rows: list[dict]) -> list[str]:
+    """What the LoRA of a whole tower keeps for the backward, above what the frozen tower keeps."""
+    lines = []
+    for (_, shape, dtype, _), group in grouped(rows).items():
+        ours = group.get("auto", {}).get("kept_for_lora")
+        for name, row in sorted(group.items(), key=lambda item: item[1]["kept_for_lora"]):
+            kept, aim = row["kept_for_lora"], row.get("target")
+            cells = [f"tower {shape}, {dtype}", f"**{name}**" if name in OURS else name, f"{kept / 1e6:.0f}"]
+            cells += [f"{kept / ours:.2f}" if ours else "", "" if aim is None else f"≥ {aim:g}"]
+            lines.append("| " + " | ".join([*cells, f"{row['kept_without'] / 1e6:.0f}", row["commit"][:8]]) + " |")
+    if not lines:
+        return []
+    heads = ["samples x tokens x width x layers x head", "implementation", "kept for LoRA, MB", "times ours", "target"]
+    heads += ["kept without LoRA, MB", "commit"]
+    return ["", "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2), *lines]
 
 
 def _rate(row: dict | None, copy_rate: float | None) -> str:
@@ -163,6 +210,8 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
             rows = [row for row in found["rows"] if row["family"] == family]
             if family == "similarity":
                 parts += [f"**{family}**: {LOSSES_SAY}\n", *loss_table(rows), ""]
+            elif family == "lora":
+                parts += [f"**{family}**: {LORA_SAYS}\n", *lora_table(rows), ""]
             else:
                 parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
         for kind, field, unit, factor in (("speed", "seconds", "ms", 1e3), ("memory", "peak_memory", "MB", 1e-6)):

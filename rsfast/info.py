@@ -9,6 +9,7 @@ import subprocess
 import torch
 
 import rsfast
+from rsfast import tune
 from rsfast._dispatch import INTERPRET, use_fused
 
 PACKAGES = (  # shown if installed, after rsfast's own dependencies
@@ -34,8 +35,9 @@ def info() -> dict:
     """Versions, GPUs, and for every operation what ``impl="auto"`` would run and why.
 
     Returns:
-        ``versions`` (None where a required package is missing), ``gpus``, ``operations`` (``impl``, ``reasons``,
-        ``input``) and ``warnings``; nothing but strings, numbers, lists and dicts.
+        ``versions`` (None where a required package is missing), ``gpus`` (with the table of ``rsfast tune`` that speaks
+        for each), ``operations`` (``impl``, ``reasons``, ``input``) and ``warnings``; nothing but strings, numbers,
+        lists and dicts.
 
     Example:
         >>> import rsfast.info
@@ -79,7 +81,8 @@ def _gpus() -> list[dict]:
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         memory = round(p.total_memory / 2**30, 1)
-        found.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": memory, "driver": driver})
+        one = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": memory, "driver": driver}
+        found.append(one | {"lora_table": tune.table_in_use(torch.device("cuda", i))})
     return found
 
 
@@ -107,6 +110,7 @@ def as_text(found: dict) -> str:
         f"{g['name']}, capability {g['capability']}, {g['memory_gib']} GiB, driver {g['driver']}" for g in found["gpus"]
     ]
     lines += [f"{'gpu':{width}}{gpu}" for gpu in gpus or ["none"]]
+    lines += [f"{'lora table':{width}}{g['lora_table']}, for {g['name']}" for g in found["gpus"]]
     lines.append("")
     for name, operation in found["operations"].items():
         lines.append(f"{name:{width}}{operation['impl']}, for {operation['input']}")

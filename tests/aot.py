@@ -1,7 +1,8 @@
 """Compiles every kernel that the operations launch, for GPUs that are not there, and prints what it costs.
 
 Run as ``python -m tests.aot 80 90 100`` without ``TRITON_INTERPRET``. Each row that is benchmarked is called, forward
-and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there. It is
+and backward, on the CPU with launches recorded instead of run; so a new family joins by having rows there (or rows with
+shapes ``ahead``). It is
 called at its benchmark shapes (an adapter at its first small one too), with no larger a batch than changes kernels;
 ``--all`` takes the other rows too.
 """
@@ -51,8 +52,8 @@ def record(cases, dtypes, target):
     _dispatch.capability = lambda device: NOW[-1]  # kernels' modules keep the first one that they see
     try:
         for case, dtype in itertools.product(cases, dtypes):
-            shapes = (*case.large, case.small[0]) if case.large else case.small
-            for n, *others in shapes if len(shapes[0]) == 3 else case.large or case.small[-1:]:
+            shapes = case.large or case.ahead or case.small[-1:]
+            for n, *others in (*shapes, *case.small[: case.name.startswith("gated_adapter") and bool(case.large)]):
                 _call(case, (min(n, case.enough), *others), dtype)
     finally:
         JITFunction.run = original
@@ -124,7 +125,7 @@ def main():
     from benchmarks.arms import TIMED
     from tests.cases import CASES
 
-    rows = {case.name: case for case in CASES if options.all} | TIMED
+    rows = {case.name: case for case in CASES if options.all or case.ahead} | TIMED
     cases = [case for name, case in rows.items() if options.cases in name and case.has_kernel()]
     dtypes = [getattr(torch, name) for name in options.dtypes]
     for target in options.targets:

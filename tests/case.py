@@ -23,6 +23,7 @@ class Case:
     small: tuple = ()  # shapes for tests: aligned, odd, ones, empty, and both sides of a kernel's choices
     large: tuple = ()  # shapes for benchmarks
     dtypes: tuple = (FP32, FP16, BF16)
+    ahead: tuple = ()  # shapes for compiling ahead of time where nothing is timed
     enough: int = 2  # first dimension beyond which the kernels stay the same
     tiny: tuple = ()  # shape for the tests of how it is wired to PyTorch; rows without one only differ in size
 

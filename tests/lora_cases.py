@@ -1,11 +1,14 @@
 """Rows of the linear layers with LoRA, and of their two halves."""
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 import rsfast
 from rsfast.lora import reference as lora
+from rsfast.tune import SHAPES
 from tests.case import BF16, FP16, FP32, Case, draw
 
 
@@ -22,9 +25,9 @@ def _factors(width, outputs, rank, parts, adapted, adapters):
     ]  # fmt: skip
 
 
-def _lora(
+def linear_case(
     name="", *, rank=8, adapters=0, by_token=False, dropout_p=0.0, slices=None, bias=True, mixed=False, ranks=None,
-    small=((33, 40, 24),), large=(), dtypes=(FP32, BF16), tiny=(),
+    small=((33, 40, 24),), large=(), ahead=(), dtypes=(FP32, BF16), tiny=(),
 ):  # fmt: skip
     """Row of a linear layer with LoRA, of shape (tokens, K, N); with ``adapters`` (samples, tokens, K, N).
 
@@ -92,14 +95,15 @@ def _lora(
         scalars=lambda shape: {},
         small=small,
         large=large,
+        ahead=ahead,
         dtypes=dtypes,
-        enough=1024,
+        enough=8 if adapters else 1024,
         tiny=tiny,
     )
 
 
 def _half(
-    op, name="", *, rank=8, adapters=0, slices=None, small=((33, 40), (5, 13)), large=(), dtypes=(FP32, BF16), tiny=()
+    op, name="", *, rank=8, adapters=0, slices=None, small=((33, 40), (5, 13)), ahead=(), dtypes=(FP32, BF16), tiny=()
 ):
     """Row of a half of a LoRA, of shape (tokens, width); with ``adapters`` (samples, tokens, width)."""
     shrinks = op == "lora_shrink"
@@ -142,30 +146,66 @@ def _half(
         flops=lambda shape, backward=False: 2 * math.prod(shape) * rank * (2 if backward else 1),
         scalars=lambda shape: {},
         small=small,
-        large=large,
+        ahead=ahead,
         dtypes=dtypes,
         enough=1024,
         tiny=tiny,
     )
 
 
+def from_norm(x, weight, bias, lora_A, lora_B, scaling, *, impl="auto"):
+    """A layer behind a LayerNorm, whose output it need not keep."""
+    wide = x.to(torch.promote_types(x.dtype, FP32))
+    normed, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, 1e-5)
+    source = rsfast.Source("layer_norm", x, mean, rstd)
+    return rsfast.lora_linear(normed.to(x.dtype), weight, bias, lora_A, lora_B, scaling, source=source, impl=impl)
+
+
+def from_gelu(x, weight, bias, lora_A, lora_B, scaling, *, impl="auto"):
+    """A layer behind a GELU, whose output it need not keep."""
+    source = rsfast.Source("gelu", x)
+    return rsfast.lora_linear(F.gelu(x), weight, bias, lora_A, lora_B, scaling, source=source, impl=impl)
+
+
+def _made(public, **options):
+    def plainly(x, weight, bias, lora_A, lora_B, scaling):
+        made = F.gelu(x) if public is from_gelu else F.layer_norm(x, x.shape[-1:])
+        return lora.lora_linear(made, weight, bias, lora_A, lora_B, scaling)
+
+    return replace(linear_case(**options), name=f"lora_linear_{public.__name__}", public=public, reference=plainly)
+
+
 EVERY = (FP32, FP16, BF16)
+AHEAD = dict(ahead=((1024, 768, 768),))
 QV = ((0, 1 / 3), (2 / 3, 1))
 ODD, ONES, EMPTY = (37, 41, 29), (1, 1, 1), (0, 24, 16)
+LARGE_SAMPLES = ((256, 197, 768, 768), (256, 257, 1024, 1024), (256, 50, 768, 768), (256, 77, 512, 512))
+FEW_SAMPLES = ((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY))
 LORA = [
-    _lora(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), dtypes=EVERY, tiny=(7, 24, 9)),
-    _lora("_rank3", rank=3, bias=False, mixed=True),
-    _lora("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
-    _lora("_dropout", dropout_p=0.3, small=((33, 40, 24), (5, 13, 7)), tiny=(7, 24, 9)),
-    _lora("_qv", slices=QV, rank=4, small=((33, 40, 96), (5, 13, 9)), tiny=(7, 24, 9)),
-    _lora(
-        adapters=3, small=((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY)), dtypes=EVERY, tiny=(3, 4, 24, 9)
+    linear_case(rank=16, small=((64, 32, 48), ODD, ONES, EMPTY), large=SHAPES, dtypes=EVERY, tiny=(7, 24, 9)),
+    linear_case("_rank3", rank=3, bias=False, mixed=True),
+    linear_case("_rank70", rank=70, small=((37, 72, 40),), dtypes=(FP32,)),
+    linear_case("_dropout", **AHEAD, dropout_p=0.3, small=((33, 40, 24), (5, 13, 7)), tiny=(7, 24, 9)),
+    linear_case(
+        "_qv", ahead=((1024, 768, 2304),), slices=QV, rank=4, small=((33, 40, 96), (5, 13, 9)), tiny=(7, 24, 9)
     ),
-    _lora("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
-    _lora("_dropout_qv", adapters=2, dropout_p=0.3, slices=QV, rank=4, small=((3, 13, 40, 30),), dtypes=(FP32,)),
-    _half("lora_shrink", tiny=(5, 13)),
+    linear_case(adapters=3, small=FEW_SAMPLES, large=LARGE_SAMPLES, dtypes=EVERY, tiny=(3, 4, 24, 9)),
+    linear_case("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
+    linear_case(
+        "_dropout_qv",
+        adapters=2,
+        dropout_p=0.3,
+        slices=QV,
+        rank=4,
+        small=((3, 13, 40, 30),),
+        ahead=((8, 197, 768, 2304),),
+        dtypes=(FP32,),
+    ),  # fmt: skip
+    _made(from_norm, rank=16, **AHEAD),
+    _made(from_gelu, rank=16, **AHEAD),
+    _half("lora_shrink", ahead=((1024, 768),), tiny=(5, 13)),
     _half("lora_shrink", "_batched", adapters=3, small=((3, 5, 24),), tiny=(3, 2, 9)),
-    _half("lora_expand", tiny=(5, 13)),
-    _half("lora_expand", "_batched", adapters=3, small=((3, 5, 24),), tiny=(3, 2, 9)),
+    _half("lora_expand", ahead=((1024, 768),), tiny=(5, 13)),
+    _half("lora_expand", "_batched", adapters=3, ahead=((8, 197, 768),), small=((3, 5, 24),), tiny=(3, 2, 9)),
     _half("lora_expand", "_qv", slices=QV, dtypes=(FP32,)),
 ]

@@ -134,6 +134,43 @@ def test_the_losses_table_has_ratios_shares_and_errors(root):
     assert cells["memeff"]["error"] == "3e-03" and cells["reference"]["times ours"] == ""
 
 
+def a_layer(impl, seconds, **fields):
+    row = a_row(family="lora", op="lora_linear_r16", shape="50432x768x768", impl=impl, seconds=seconds)
+    return row | dict(error_y=2e-3, error_lora_A=3e-3, saved_memory=8_000_000) | fields
+
+
+def test_the_lora_table_has_ratios_targets_and_errors(root):
+    write(root, [
+        a_layer("auto", 0.0012, beside_seconds=0.001, beside="frozen", target=1.28),
+        a_layer("frozen", 0.0011, beside_seconds=0.0013), a_layer("fused", 0.0013, beside_seconds=0.0012),
+        a_layer("peft-bf16", 0.0022, beside_seconds=0.0011, target=1.9),
+        a_layer("bmm", 0.0005, error_lora_A=0.7), a_layer("auto", 1.0, **{"pass": "forward"}),
+        a_layer("peft-bf16", 0, op="lora_memory", kept_for_lora=40_000_000, kept_without=3, **{"pass": "memory"}),
+        a_layer("auto", 0, op="lora_memory", kept_for_lora=5_000_000, kept_without=3, target=10., **{"pass": "memory"}),
+    ])  # fmt: skip
+    report.main(root, [])
+    lines = (root / "README.md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| layer, shape"))
+    cells = {
+        line.split(" | ")[1]: dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        for line in lines
+        if line.startswith("| lora_linear_r16") and "forward+backward" in line
+    }
+    assert list(cells) == ["bmm", "frozen", "**auto**", "**fused**", "peft-bf16"], "fastest first"
+    ours, theirs = cells["**auto**"], cells["peft-bf16"]
+    assert ours["ms"] == "**1.200**" and cells["bmm"]["ms"] == "0.500" and cells["frozen"]["ms"] == "1.100"
+    assert ours["times ours"] == "1.00" and theirs["times ours"] == "2.00", "against ours in the same rounds"
+    assert ours["over frozen"] == "1.20" and theirs["over frozen"] == "2.00", "ours against frozen in the same rounds"
+    assert ours["target"] == "≤ 1.28 over frozen" and theirs["target"] == "≥ 1.9" and cells["frozen"]["target"] == ""
+    assert cells["bmm"]["error"] == "7e-01, wrong" and ours["error"] == "3e-03" and ours["saved, MB"] == "8"
+    assert cells["frozen"]["times ours"] == "0.85"
+    kept = [line for line in lines if line.startswith("| tower 50432x768x768")]
+    assert [line.split(" | ")[1:5] for line in kept] == [
+        ["**auto**", "5", "1.00", "≥ 10"], ["peft-bf16", "40", "8.00", ""],
+    ]  # fmt: skip
+    assert sum("lora_linear_r16" in line and line.endswith(" |") for line in lines) == 6
+
+
 def test_plots_are_well_formed_and_longest_is_slowest(root):
     write(root, [a_row(), a_row(impl="fused", seconds=0.001)])
     report.main(root, [])
@@ -202,7 +239,9 @@ def test_notes_hold_the_floors_of_the_formulas():
     assert (
         "| contrastive_loss | 65536x512 | 403 | 4 | 17.6 | 8.59 | 0.0936 | 22.3 | 2.32 | 22.3 |" in floors.loss_table()
     )
-    assert set(floors.LOSSES) == set(TIMED) - set(ADAPTERS)
+    layers = {name for name in TIMED if "lora_linear" in name}
+    assert set(floors.LOSSES) == set(TIMED) - set(ADAPTERS) - layers and len(layers) == 2
+    assert "| lora_linear_r16 | 65792x1024x1024 | forward | 274 | 142 | 97 % | 64 | 180 | 180 |" in floors.lora_table()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
@@ -230,16 +269,19 @@ def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options, 
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
     outcomes, calls = started(0, options)
     assert list(outcomes) == list(gpu.PARTS) and set(outcomes.values()) == {"passed"}
-    tests, memcheck, _, ops, losses, step = (argv for argv, _ in calls)
+    tests, memcheck, _, ops, losses, tune, lora, step = (argv for argv, _ in calls)
     assert {"tests/test_contract.py", "tests/test_similarity_small.py"} <= set(
         tests
     ) and "tests/test_cli.py" not in tests
     assert memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
-    for name, argv in (("ops", ops), ("losses", losses), ("step", step)):
+    assert {"tests/test_lora.py", "tests/test_tune.py"} & set(tests)
+    assert tune[3:5] == ["tune", "--budget"] and tune[-2:] == ["--commit", "abc"] and "rsfast.cli" in tune[2]
+    for name, argv in (("ops", ops), ("losses", losses), ("lora", lora), ("step", step)):
         assert f"benchmarks/bench_{name}.py" in argv
         assert argv[argv.index("--commit") + 1] == "abc" and argv[argv.index("-k") + 1] == "gated"
     given = [seconds for _, seconds in calls[3:]]
-    assert given == pytest.approx([300, 450, 540], abs=1), "150 s for the losses and 90 s for the steps are left"
+    assert given == pytest.approx([108, 180, 300, 450, 540], abs=1), "for lora 150 s and for the steps 90 s are left"
+    assert float(tune[5]) == pytest.approx(280, abs=1), "tune ends by itself"
 
 
 def test_what_little_time_there_is_is_shared(options):
@@ -249,7 +291,8 @@ def test_what_little_time_there_is_is_shared(options):
 
 
 def test_the_sanitizers_see_every_kind_of_kernel():
-    assert "harma_loss_ids" in gpu.SAMPLE and set(gpu.SAMPLE) <= {case.name for case in CASES}
+    assert {"harma_loss_ids", "batched_lora_linear_dropout_qv"} < set(gpu.SAMPLE)
+    assert set(gpu.SAMPLE) <= {case.name for case in CASES}
 
 
 def test_a_gpu_run_says_what_failed_and_what_had_no_time(options, monkeypatch):

@@ -43,9 +43,10 @@ class _Adapted(nn.Linear):
         nn.init.uniform_(self.lora_A, *(sign / math.sqrt(self.in_features) for sign in (-1, 1)))
         nn.init.zeros_(self.lora_B)
 
-    def _options(self) -> dict:
+    def _options(self, x: Tensor) -> dict:
         dropout_p = self.dropout if self.training else 0.0
-        return dict(dropout_p=dropout_p, slices=self.slices, impl=self.impl)
+        source = None if torch.compiler.is_compiling() else getattr(x, "lora_source", None)  # see keep_sources
+        return dict(dropout_p=dropout_p, slices=self.slices, source=source, impl=self.impl)
 
     def extra_repr(self) -> str:
         slices = "" if self.slices is None else f", slices={self.slices}"
@@ -95,7 +96,7 @@ class LoRALinear(_Adapted):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         return lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, **self._options()
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, **self._options(x)
         )  # fmt: skip
 
     @torch.no_grad()
@@ -190,7 +191,7 @@ class BatchedLoRALinear(_Adapted):
         if adapter_ids is None:
             raise ValueError("adapter_ids must be given with the call, or set beforehand: which adapter has a sample?")
         return batched_lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, adapter_ids, **self._options()
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, adapter_ids, **self._options(x)
         )
 
     def merge(self) -> None:

@@ -12,6 +12,7 @@ from rsfast._dispatch import Impl, use_fused
 from rsfast.models.freezing import give_back
 from rsfast.models.lora_attention import BatchedProjection, Projection
 from rsfast.models.lora_sites import ALIASES, Columns, Site, choose, find_sites, tied
+from rsfast.models.lora_sources import note_sources
 
 STATE = "_rsfast_lora"
 
@@ -49,6 +50,7 @@ class State:
     layers: dict[str, nn.Linear]  # that were replaced, by path
     classes: dict[str, type]  # of attentions before they were swapped, by path
     flags: dict[str, str]  # set on parents, by path
+    producers: dict[str, type]  # of norms and activations before they were swapped, by path
 
 
 def add_lora(
@@ -60,6 +62,7 @@ def add_lora(
     num_adapters: int = 1,
     *,
     freeze: bool = True,
+    recompute: bool = True,
     impl: Impl = "auto",
 ) -> LoraReport:
     """Put LoRA into the linear maps of a model, in place.
@@ -86,6 +89,8 @@ def add_lora(
             which.
         freeze: Freeze everything but LoRA, as PEFT does, ``logit_scale`` and gated adapters too. False leaves
             ``requires_grad`` of all else alone; weight and bias of the layers with LoRA are frozen in any case.
+        recompute: Where a layer's input comes straight from a LayerNorm or a GELU, keep for backward what that keeps
+            anyway and compute the input again inside the sum that needs it, as :class:`rsfast.Source` says. Fused only.
         impl: As in :func:`rsfast.lora_linear`.
 
     Returns:
@@ -114,7 +119,7 @@ def add_lora(
         _check_rank(sites[j], slices, r)
     places = {j: Place(slices, r, alpha) for j, slices in chosen.items()}
     config = dict(r=r, alpha=alpha, targets=targets, dropout=dropout, num_adapters=num_adapters)
-    return place(model, sites, places, config, skipped=skipped, freeze=freeze, impl=impl)
+    return place(model, sites, places, config, skipped=skipped, freeze=freeze, recompute=recompute, impl=impl)
 
 
 class Place(NamedTuple):
@@ -127,7 +132,7 @@ class Place(NamedTuple):
 
 def place(
     model: nn.Module, sites: list[Site], places: dict[int, Place], config: dict, *, skipped: dict[str, str],
-    freeze: bool = True, impl: Impl = "auto",
+    freeze: bool = True, recompute: bool = True, impl: Impl = "auto",
 ) -> LoraReport:  # fmt: skip
     """Put LoRA into some of the sites, each with slices, rank and alpha of its own; if refused, nothing has changed."""
     for path, names in ((sites[j].path, tied(model, sites[j])) for j in places):
@@ -148,11 +153,13 @@ def place(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(requires_grad[name])
         raise
-    state = State(config, requires_grad, {}, {}, {})
+    state = State(config, requires_grad, {}, {}, {}, {})
     if freeze:
         model.requires_grad_(False)
     for j in places:
         _attach(model, sites[j], layers[sites[j].path], state)
+    if recompute:
+        state.producers.update(note_sources(model))
     setattr(model, STATE, state)
     placed = {path: layer.slices for path, layer in layers.items()}
     return LoraReport(placed, skipped, sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -181,6 +188,8 @@ def remove_lora(model: nn.Module) -> None:
             if isinstance(getattr(attention, name, None), Projection | BatchedProjection):
                 delattr(attention, name)
         attention.__class__ = kind
+    for path, kind in state.producers.items():
+        model.get_submodule(path).__class__ = kind
     for path, flag in state.flags.items():
         setattr(model.get_submodule(path), flag, False)
     delattr(model, STATE)

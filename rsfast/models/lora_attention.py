@@ -57,7 +57,7 @@ class Projection(_Projection, LoRALinear):
     ) -> Tensor:
         if self.merged:
             return F.linear(x, weight, bias)
-        options = {**self._options(), "slices": slices}
+        options = {**self._options(x), "slices": slices}
         return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, **options)
 
 
@@ -69,7 +69,7 @@ class BatchedProjection(_Projection, BatchedLoRALinear):
     ) -> Tensor:
         if self.adapter_ids is None:
             return self(x)  # refuses
-        options = {**self._options(), "slices": slices}
+        options = {**self._options(x), "slices": slices}
         return batched_lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.adapter_ids, **options)
 
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import cast, dot
+from rsfast._tiles import cast, cdiv, dot, pad
 from rsfast.lora.kernels.outer import add_up
-from rsfast.lora.kernels.plan import Batch, Slices, pad
+from rsfast.lora.kernels.plan import Batch, Slices
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import rows_of
 
@@ -78,7 +78,7 @@ def once(
     block_r = pad(rank)
     wide = dy.element_size() == 4  # operands of fp32 products take registers
     block_m, block_n = min(32 if wide else min(FINE, 8192 // block_r), pad(rows)), min(32 if wide else 64, pad(columns))
-    programs = len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
+    programs = len(batch.fine) * (FINE // block_m) if batch.several else cdiv(rows, block_m)
     size = lora_B.shape[-2] * rank
     part = dy.new_empty(programs, size, dtype=torch.float32)
     once_kernel[programs, parts](

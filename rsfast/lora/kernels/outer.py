@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import LOG2E, cast, dot, multiprocessors
-from rsfast.lora.kernels.plan import Batch, Made, pad
+from rsfast._tiles import LOG2E, cast, cdiv, dot, multiprocessors, pad
+from rsfast.lora.kernels.plan import Batch, Made
 from rsfast.lora.kernels.tiles import load_kept
 
 
@@ -106,12 +106,12 @@ def outer(
         return out.zero_()
     block_m = 64 if wide.element_size() == 2 else 32
     block_k, block_r = min(128, pad(width)), min(64, pad(ranks))
-    tiles = triton.cdiv(width, block_k) * triton.cdiv(ranks, block_r)
+    tiles = cdiv(width, block_k) * cdiv(ranks, block_r)
     # two waves of programs are enough to fill the GPU, and fewer chunks are less to add up
-    chunk = block_m * max(1, triton.cdiv(rows * tiles, 2 * multiprocessors(wide.device) * block_m))
-    chunks = len(batch.coarse) if batch.several else triton.cdiv(rows, chunk)
+    chunk = block_m * max(1, cdiv(rows * tiles, 2 * multiprocessors(wide.device) * block_m))
+    chunks = len(batch.coarse) if batch.several else cdiv(rows, chunk)
     part = wide.new_empty(chunks, ranks * width, dtype=torch.float32)
-    outer_kernel[chunks, triton.cdiv(width, block_k), triton.cdiv(ranks, block_r)](
+    outer_kernel[chunks, cdiv(width, block_k), cdiv(ranks, block_r)](
         low, wide, part, bits, made.mean, made.rstd, made.weight, made.bias, batch.coarse, batch.order,
         rows, width, ranks, chunk, low.stride(0), wide.stride(0), *((1, ranks) if transposed else (width, 1)),
         SEVERAL=batch.several, MASKED=bits is not None, FUNCTION=made.function,
@@ -125,7 +125,7 @@ def add_up(part: Tensor, out: Tensor, batch: Batch, last: Tensor | None, factor:
     adapters = out.shape[0] if batch.several else 1
     size = out.numel() // adapters
     block = min(128, pad(size))
-    reduce_kernel[triton.cdiv(size, block), adapters](
+    reduce_kernel[cdiv(size, block), adapters](
         part, out, last, size, len(part), factor, SEVERAL=batch.several, BLOCK_C=32, BLOCK_E=block, num_warps=4
     )
     return out

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 
 from rsfast._dispatch import capability
 
@@ -20,11 +19,6 @@ STAGES = ("forward", "dgrad", "low", "factor")  # y; dx; ds and dB from dY; dA f
 TABLES = pathlib.Path(__file__).parent.parent / "tables"  # that come with the library, measured on a GPU of that name
 ROWS = (4096, 16384, 40960)  # where a bucket of rows ends
 Slices = tuple[int, ...]  # start, end, and first row of lora_B, of each slice
-
-
-def pad(size: int) -> int:
-    """Smallest block that holds ``size`` and that a matrix product takes."""
-    return max(16, next_power_of_2(size))
 
 
 def flat(slices: tuple[tuple[int, int], ...] | None) -> list[int]:
@@ -119,6 +113,7 @@ class Facts:
     dropout: bool
     dtype: torch.dtype
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - facts are values, and every layer asks at every call
     def key(self, stage: str) -> str:
         """Name of these facts in a table."""
         bucket = next((f"to{end}" for end in ROWS if self.rows <= end), f"over{ROWS[-1]}")
@@ -130,13 +125,14 @@ class Facts:
         )
 
 
-def candidates(stage: str, facts: Facts) -> list[Choice]:
+@functools.lru_cache(maxsize=4096)
+def candidates(stage: str, facts: Facts) -> tuple[Choice, ...]:
     """Everything that can run a stage, the composed one first; at most twelve."""
     plain = not facts.adapters and not facts.dropout
     if stage == "low":
-        return [COMPOSED] + [Choice("once")] * (facts.rank <= 64)
+        return (COMPOSED, *[Choice("once")] * (facts.rank <= 64))
     if stage == "factor":
-        return [COMPOSED] + [Choice("outer")] * plain  # composed is the same without plain
+        return (COMPOSED, *[Choice("outer")] * plain)  # composed is the same without plain
     found = [COMPOSED]
     # dropout's mask is of x: forward it is spent on s already
     if not facts.adapters and (stage == "forward" or not facts.dropout):
@@ -145,12 +141,12 @@ def candidates(stage: str, facts: Facts) -> list[Choice]:
     found += [Choice("expand", **sizes) for sizes in tiles]
     if stage == "forward" and plain and facts.parts == 1 and facts.rank <= 32 and facts.dtype != torch.float32:
         found += [Choice("inside", **sizes) for sizes in tiles]
-    return found[:12]
+    return tuple(found[:12])
 
 
 def _tiles(dtype: torch.dtype) -> list[dict]:
     if dtype == torch.float32:
-        return [dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2)]
+        return [dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)]
     return [
         dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
