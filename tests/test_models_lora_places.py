@@ -349,6 +349,7 @@ def test_layers_are_what_they_say():
         assert run(model, batch).isfinite().all()
         remove_lora(model)
         add_lora(model, 2, 6, dropout=0.25)
+        assert not any(module.training for module in model.modules())
         for path, layer in lora_layers(model).items():
             assert isinstance(layer, LoRALinear) and (layer.r, layer.scaling, layer.dropout) == (2, 3, 0.25), path
             assert layer.lora_A.shape == (2 * len(layer.slices or (0,)), layer.in_features)
