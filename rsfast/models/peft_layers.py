@@ -66,10 +66,11 @@ def adapted(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Factors], impl: Impl, columns: slice = slice(None)
 ) -> Tensor:
     """The columns of a linear layer with any number of adapters; each has a dropout of its own."""
-    factors = [f._replace(B=f.B[columns]) for f in factors]
+    if columns not in (slice(None), slice(0, len(weight))):  # else the factors stay the parameters themselves
+        factors = [f._replace(B=f.B[columns]) for f in factors]
+        weight, bias = weight[columns], None if bias is None else bias[columns]
     steady = [f for f in factors if not f.dropout_p]
     groups = ([stack(steady)] if steady else []) + [f for f in factors if f.dropout_p]
-    weight, bias = weight[columns], None if bias is None else bias[columns]
     if not groups:
         return F.linear(x, weight, bias)
     (A, B, scaling, dropout_p), *others = groups

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import cast, dot
-from rsfast.lora.kernels.plan import Batch, Slices, pad
+from rsfast._tiles import cast, cdiv, dot, pad
+from rsfast.lora.kernels.plan import Batch, Slices
 from rsfast.lora.kernels.sums import AT_ONCE, Sums
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import rows_of
@@ -65,7 +65,7 @@ def once_kernel(
 def tiling(rows: int, rank: int, wide: bool, batch: Batch) -> tuple[int, int]:
     """Rows of a program, and how many programs a slice has; operands of fp32 (``wide``) products take registers."""
     block_m = min(32 if wide else min(FINE, 8192 // pad(rank)), pad(rows))
-    return block_m, len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
+    return block_m, len(batch.fine) * (FINE // block_m) if batch.several else cdiv(rows, block_m)
 
 
 def once(

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import LOG2E, cast, dot, multiprocessors
-from rsfast.lora.kernels.plan import Batch, Made, pad
+from rsfast._tiles import LOG2E, cast, cdiv, dot, multiprocessors, pad
+from rsfast.lora.kernels.plan import Batch, Made
 from rsfast.lora.kernels.sums import AT_ONCE, Sums
 from rsfast.lora.kernels.tiles import load_kept
 
@@ -77,10 +77,10 @@ def tiling(wide: Tensor, ranks: int, batch: Batch) -> tuple[int, int, int, int, 
     rows, width = wide.shape
     block_m = 64 if wide.element_size() == 2 else 32
     block_k, block_r = min(128, pad(width)), min(64, pad(ranks))
-    tiles = triton.cdiv(width, block_k) * triton.cdiv(ranks, block_r)
+    tiles = cdiv(width, block_k) * cdiv(ranks, block_r)
     # two waves of programs are enough to fill the GPU, and fewer chunks are less to add up
-    chunk = block_m * max(1, triton.cdiv(rows * tiles, 2 * multiprocessors(wide.device) * block_m))
-    return block_m, block_k, block_r, chunk, len(batch.coarse) if batch.several else triton.cdiv(rows, chunk)
+    chunk = block_m * max(1, cdiv(rows * tiles, 2 * multiprocessors(wide.device) * block_m))
+    return block_m, block_k, block_r, chunk, len(batch.coarse) if batch.several else cdiv(rows, chunk)
 
 
 def outer(
@@ -97,7 +97,7 @@ def outer(
         return torch.zeros_like(like, memory_format=torch.contiguous_format)
     block_m, block_k, block_r, chunk, chunks = tiling(wide, ranks, batch)
     part = sums.room(wide, chunks, ranks * width)
-    outer_kernel[chunks, triton.cdiv(width, block_k), triton.cdiv(ranks, block_r)](
+    outer_kernel[chunks, cdiv(width, block_k), cdiv(ranks, block_r)](
         low, wide, part, bits, made.mean, made.rstd, made.weight, made.bias, batch.coarse, batch.order,
         rows, width, ranks, chunk, low.stride(0), wide.stride(0), *((1, ranks) if transposed else (width, 1)),
         SEVERAL=batch.several, MASKED=bits is not None, FUNCTION=made.function,

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 
 from rsfast._dispatch import capability
 
@@ -20,11 +19,6 @@ STAGES = ("forward", "dgrad", "low", "factor")  # y; dx; ds and dB from dY; dA f
 TABLES = pathlib.Path(__file__).parent.parent / "tables"  # that come with the library, measured on a GPU of that name
 ROWS = (4096, 16384, 40960)  # where a bucket of rows ends
 Slices = tuple[int, ...]  # start, end, and first row of lora_B, of each slice
-
-
-def pad(size: int) -> int:
-    """Smallest block that holds ``size`` and that a matrix product takes."""
-    return max(16, next_power_of_2(size))
 
 
 def flat(slices: tuple[tuple[int, int], ...] | None) -> list[int]:
@@ -152,7 +146,7 @@ def candidates(stage: str, facts: Facts) -> tuple[Choice, ...]:
 
 def _tiles(dtype: torch.dtype) -> list[dict]:
     if dtype == torch.float32:
-        return [dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2)]
+        return [dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)]
     return [
         dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),

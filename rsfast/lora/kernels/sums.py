@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import cast
+from rsfast._tiles import cast, cdiv
 from rsfast.lora.kernels.plan import Batch
 
 CHUNKS, ELEMENTS = 32, 128  # a program's block of partial sums
@@ -96,7 +96,7 @@ class Sums:
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         adapters = len(out) if batch.several else 1
         size = out.numel() // adapters
-        reduce_kernel[triton.cdiv(size, ELEMENTS), adapters](
+        reduce_kernel[cdiv(size, ELEMENTS), adapters](
             part, out, last, size, len(part), times, factor,
             SEVERAL=batch.several, CHUNKS=CHUNKS, ELEMENTS=ELEMENTS, num_warps=4,
         )  # fmt: skip
@@ -139,7 +139,7 @@ def _on_device(sums: tuple[Sum, ...], device: torch.device) -> tuple[Tensor, Ten
     for part, out, size, chunks, factor, times, at, adapters in sums:
         bits = struct.unpack("i", struct.pack("f", factor))[0]
         for g in range(adapters):
-            blocks = triton.cdiv(size, ELEMENTS)
+            blocks = cdiv(size, ELEMENTS)
             rows.append((part, out + g * size, len(owner), size, chunks, bits, times, -1 if at < 0 else at + g))
             owner += [len(rows) - 1] * blocks
     return tuple(torch.tensor(numbers, dtype=torch.int32).to(device) for numbers in (owner, rows))
