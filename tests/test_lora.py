@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import rsfast
 from rsfast.lora import reference
 from tests.cases import BF16, CASES, FP32
+from tests.lora_cases import linear_case
 from tests.test_contract import assert_matches_the_oracle, assert_same_bits, run
 
 plan = pytest.importorskip("rsfast.lora.kernels.plan")
@@ -78,10 +79,8 @@ def test_tiles_larger_than_a_program_s_share(device):
 
 @pytest.mark.parametrize("rank", (1, 2, 16, 17, 100, 256))
 def test_any_rank(device, rank):
-    from tests.lora_cases import _lora
-
-    assert_matches_the_oracle(_lora(rank=rank), (19, 24, 20), FP32, device)
-    assert_matches_the_oracle(_lora(rank=rank, adapters=2), (3, 5, 24, 20), FP32, device)
+    assert_matches_the_oracle(linear_case(rank=rank), (19, 24, 20), FP32, device)
+    assert_matches_the_oracle(linear_case(rank=rank, adapters=2), (3, 5, 24, 20), FP32, device)
 
 
 def whole_numbers(case, shape, device, seed=0):
