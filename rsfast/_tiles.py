@@ -68,6 +68,16 @@ def pieces(x, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr):
         return _halves(left, M, N // 2) + _halves(right, M, N // 2)
 
 
+def cdiv(n: int, size: int) -> int:
+    """Blocks of ``size`` that hold ``n``; Triton's own costs the host microseconds a call."""
+    return -(-n // size)
+
+
+def pad(size: int) -> int:
+    """Smallest block that holds ``size`` and that a matrix product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """Programs that run at the same time."""

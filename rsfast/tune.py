@@ -186,9 +186,12 @@ def tune(
 
 
 class Layer:
-    """A layer of some facts with random tensors, B too, on which a stage can be run by a forced choice."""
+    """A layer of some facts with random tensors, B too, on which these stages can be run by forced choices.
 
-    def __init__(self, facts, device: torch.device, sets: int = 1):
+    A gradient is asked for of what the stages are for, and of nothing else, which would be computed beside it.
+    """
+
+    def __init__(self, facts, stages: tuple[str, ...], device: torch.device, sets: int = 1):
         g = torch.Generator(device).manual_seed(0)
 
         def draw(*size, std=1.0, dtype=facts.dtype):
@@ -197,9 +200,13 @@ class Layer:
         k, n, r, bank = facts.contracted, facts.outputs, facts.rank, (facts.adapters,) * bool(facts.adapters)
         self.weight, self.bias = draw(n, k, std=k**-0.5), draw(n, std=0.3)
         factors = ((*bank, facts.parts * r, k), k**-0.5), ((*bank, n, r), r**-0.5)
-        self.factors = [draw(*size, std=std, dtype=torch.float32).requires_grad_() for size, std in factors]
+        self.stages, low = stages, "low" in stages
+        self.factors = [
+            draw(*size, std=std, dtype=torch.float32).requires_grad_(learned)
+            for (size, std), learned in zip(factors, ("factor" in stages, low), strict=True)
+        ]
         x, dy = draw(facts.rows, k), draw(facts.rows, n)
-        self.x = [x.roll(i, 0).requires_grad_() for i in range(sets)]
+        self.x = [x.roll(i, 0).requires_grad_(low) for i in range(sets)]
         self.dy = [dy.roll(i, 0) for i in range(sets)]
         ends = [n * part // facts.parts for part in range(facts.parts + 1)]
         self.options = dict(slices=tuple(itertools.pairwise(ends)) if facts.parts > 1 else None)
@@ -215,7 +222,9 @@ class Layer:
         """The same numbers in a wider dtype."""
         wide = copy.copy(self)
         wide.weight, wide.bias = self.weight.to(dtype), self.bias.to(dtype)
-        wide.factors, wide.x = ([t.detach().to(dtype).requires_grad_() for t in ts] for ts in (self.factors, self.x))
+        wide.factors, wide.x = (
+            [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in ts] for ts in (self.factors, self.x)
+        )
         return wide
 
     def forward(self, i: int = 0, impl: str = "fused") -> Tensor:
@@ -224,18 +233,15 @@ class Layer:
             return rsfast.lora_linear(*args, **self.options, impl=impl)
         return rsfast.batched_lora_linear(*args, self.batch, **self.options, impl=impl)
 
-    def leaves(self, stages: tuple[str, ...], i: int = 0) -> list[Tensor]:
-        """What these stages of the backward are for."""
-        A, B = self.factors
-        return [A] if stages == ("factor",) else [self.x[i], B]
+    def backward(self, y: Tensor, i: int = 0) -> tuple[Tensor, ...]:
+        leaves = [t for t in (self.x[i], *self.factors) if t.requires_grad]
+        return torch.autograd.grad(y, leaves, self.dy[i].to(y.dtype), retain_graph=True)
 
-    def results(self, stages: tuple[str, ...], choices, impl: str = "fused") -> list[Tensor]:
-        """What these stages compute by these choices, the other stages composed."""
-        with forced(stages, choices):
+    def results(self, choices, impl: str = "fused") -> tuple[Tensor, ...]:
+        """What the stages compute by these choices, the other stages composed."""
+        with forced(self.stages, choices):
             y = self.forward(impl=impl)
-            if stages == ("forward",):
-                return [y.detach()]
-            return list(torch.autograd.grad(y, self.leaves(stages), self.dy[0].to(y.dtype)))
+            return (y,) if self.stages == ("forward",) else self.backward(y)
 
 
 def forced(stages: tuple[str, ...], choices):
@@ -248,13 +254,13 @@ def forced(stages: tuple[str, ...], choices):
 def check(facts, stages, combinations, device: torch.device) -> tuple[dict[int, list[float]], dict[int, str]]:
     """Each result's distance from the reference in a wider dtype; a reason instead where it is over the budget."""
     few = dataclasses.replace(facts, rows=min(facts.rows, CHECKED_ROWS))
-    layer = Layer(few, device)
+    layer = Layer(few, stages, device)
     wide = layer.widened(torch.float64 if facts.dtype == torch.float32 else torch.float32)
-    gold, plain = (one.results(stages, combinations[0], impl="reference") for one in (wide, layer))
+    gold, plain = (one.results(combinations[0], impl="reference") for one in (wide, layer))
     found, reasons = {}, {}
     for i, choices in enumerate(combinations):
         try:
-            actual = layer.results(stages, choices)
+            actual = layer.results(choices)
             for a, g, e in zip(actual, gold, plain, strict=True):
                 terms = max(few.rows, few.contracted, few.outputs)
                 assert_within_budget(a.to(facts.dtype), g, e.to(facts.dtype), terms=terms, name="its result")
@@ -268,11 +274,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (torch.linalg.vector_norm(a.to(b.dtype) - b) / torch.linalg.vector_norm(b)).item()
 
 
-def agree(layer: Layer, stages, combinations, errors: dict[int, list[float]]) -> dict[int, str]:
+def agree(layer: Layer, combinations, errors: dict[int, list[float]]) -> dict[int, str]:
     """Reasons against those that, at the full size, are further from the composed result than both are wrong."""
-    composed, reasons = layer.results(stages, combinations[0]), {}
+    composed, reasons = layer.results(combinations[0]), {}
     for i in errors:
-        actual = layer.results(stages, combinations[i])
+        actual = layer.results(combinations[i])
         for a, b, own, other in zip(actual, composed, errors[i], errors[0], strict=True):
             if not _distance(a, b) <= 2 * (own + other):
                 reasons[i] = f"at {len(layer.x[0])} rows it is {_distance(a, b):.1e} from the composed result"
@@ -292,10 +298,10 @@ def on_gpu(facts, stages, combinations, device: torch.device | None = None):
             return None, {}, reasons
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         bytes_of_one = facts.rows * facts.contracted * facts.dtype.itemsize
-        layer = Layer(facts, device, max(4, math.ceil(2 * l2 / bytes_of_one)))
-        reasons |= agree(layer, stages, combinations, errors)
+        layer = Layer(facts, stages, device, max(4, math.ceil(2 * l2 / bytes_of_one)))
+        reasons |= agree(layer, combinations, errors)
         right = [i for i in range(len(combinations)) if i not in reasons]
-        runs = dict(zip(right, _captured(layer, stages, [combinations[i] for i in right]), strict=True))
+        runs = dict(zip(right, _captured(layer, [combinations[i] for i in right]), strict=True))
         junk = torch.empty(4 * l2, dtype=torch.uint8, device=device)
         took = _in_turn(runs, junk)
         best = 0
@@ -309,9 +315,9 @@ def on_gpu(facts, stages, combinations, device: torch.device | None = None):
         return None, {}, {0: f"out of memory: {str(error).splitlines()[0]}"}
 
 
-def _captured(layer: Layer, stages, combinations) -> list[Callable]:
+def _captured(layer: Layer, combinations) -> list[Callable]:
     """What runs each combination over all inputs; every call writes where no other does."""
-    pool, sets, backward = torch.cuda.graph_pool_handle(), range(len(layer.x)), stages != ("forward",)
+    pool, sets, backward = torch.cuda.graph_pool_handle(), range(len(layer.x)), layer.stages != ("forward",)
     runs = []
     if backward:
         first = torch.cuda.CUDAGraph()
@@ -321,14 +327,8 @@ def _captured(layer: Layer, stages, combinations) -> list[Callable]:
         layer.outputs = outputs, first  # kept, for the backward reads what they hold
     for choices in combinations:
         graph = torch.cuda.CUDAGraph()
-        with forced(stages, choices), torch.cuda.graph(graph, pool=pool), torch.set_grad_enabled(backward):
-            if backward:
-                kept = [
-                    torch.autograd.grad(outputs[i], layer.leaves(stages, i), layer.dy[i], retain_graph=True)
-                    for i in sets
-                ]
-            else:
-                kept = [layer.forward(i) for i in sets]
+        with forced(layer.stages, choices), torch.cuda.graph(graph, pool=pool):
+            kept = [layer.backward(outputs[i], i) if backward else layer.forward(i) for i in sets]
             del kept
         runs.append(graph.replay)
     return runs

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import rsfast
 from rsfast import _dispatch
 
 TYPES = {
@@ -66,6 +67,11 @@ def _call(case, shape, dtype):
     torch.autograd.grad(y, tensors, y)
     with torch.no_grad():
         case.call(case.public, tensors, impl="fused")
+    factors = [t for name, t in zip(case.names, tensors, strict=True) if name.startswith("lora_")]
+    if len(factors) == 2:
+        with rsfast.reduce_together(factors):
+            y = case.call(case.public, tensors, impl="fused")
+        torch.autograd.grad(y, tensors, y)
 
 
 def _kind(param, value):

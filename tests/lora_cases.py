@@ -178,6 +178,7 @@ def _made(public, **options):
 EVERY = (FP32, FP16, BF16)
 AHEAD = dict(ahead=((1024, 768, 768),))
 QV = ((0, 1 / 3), (2 / 3, 1))
+MANY = tuple((i / 32, (i + 1) / 32) for i in range(32))  # keys and values of a diffusion model's cross-attentions
 ODD, ONES, EMPTY = (37, 41, 29), (1, 1, 1), (0, 24, 16)
 LARGE_SAMPLES = ((256, 197, 768, 768), (256, 257, 1024, 1024), (256, 50, 768, 768), (256, 77, 512, 512))
 FEW_SAMPLES = ((5, 9, 40, 24), (2, 131, 24, 17), (1, *ONES), (0, *EMPTY))
@@ -189,6 +190,9 @@ LORA = [
     linear_case(
         "_qv", ahead=((1024, 768, 2304),), slices=QV, rank=4, small=((33, 40, 96), (5, 13, 9)), tiny=(7, 24, 9)
     ),
+    linear_case(
+        "_many", ahead=((1024, 768, 24960),), slices=MANY, rank=2, small=((19, 24, 100),), dtypes=(FP32,)
+    ),  # fmt: skip
     linear_case(adapters=3, small=FEW_SAMPLES, large=LARGE_SAMPLES, dtypes=EVERY, tiny=(3, 4, 24, 9)),
     linear_case("_tokens", adapters=3, by_token=True, ranks=(8, 1, 5), mixed=True, small=((2, 150, 40, 24),)),
     linear_case(

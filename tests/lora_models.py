@@ -23,7 +23,7 @@ class MainAttention(nn.Module):
 
     def __init__(self, dim, num_heads, kdim=None, qk_norm=False, scaled_cosine=False, scale_heads=False, bias=True):
         super().__init__()
-        self.num_heads, self.scaled_cosine, self.logit_scale_max = num_heads, scaled_cosine, math.log(100)
+        self.num_heads, self.logit_scale_max = num_heads, math.log(0.9)
         self.in_proj_weight = self.q_proj_weight = self.k_proj_weight = self.v_proj_weight = None
         if kdim is None:
             self.in_proj_weight = nn.Parameter(torch.randn(3 * dim, dim) * dim**-0.5)

@@ -55,7 +55,7 @@ def test_grouped_products_compute_the_same_layer(name):
 def test_one_adapter_after_the_other_is_the_reference():
     x, layer, _ = lora.tensors(RANDOM, SEVERAL, FP64)
     factors = [t.double() for t in (layer.lora_A, layer.lora_B)]
-    scaling, ids = torch.tensor(layer.scaling, dtype=FP64), torch.tensor(layer.ids)
+    scaling, ids = torch.tensor(layer.scaling, dtype=FP64).to(x), torch.tensor(layer.ids).to(x.device)
     whole = reference.batched_lora_linear(x, layer.weight, layer.bias, *factors, scaling, ids)
     torch.testing.assert_close(lora.equation(layer, x, *factors), whole, rtol=1e-13, atol=1e-13)
 
@@ -127,7 +127,8 @@ def everything():
     return lora.grid(main=True) + lora.grid(main=False)
 
 
-def test_without_a_gpu_everything_runs_once_at_a_small_shape():
+def test_without_a_gpu_everything_runs_once_at_a_small_shape(monkeypatch):
+    monkeypatch.setattr(lora, "DEVICE", "cpu")
     rows = everything()
     found = {(row.name, impl) for row in lora.ROWS.values() for impl in lora.implementations(row)}
     assert {row[::2] for row in rows} == found
@@ -260,10 +261,11 @@ def test_a_row_says_what_ran_beside_it_and_its_target(monkeypatch, impl, other, 
 
 # --- attention, and memory
 
+HEADS = (2, 5, 2 * lora_attention.HEAD)
+
 
 def test_attention_is_pytorchs_with_lora():
-    shape = lora_attention.SHAPES[0]
-    x, _, state, factors = lora_attention.tensors(shape, FP64)
+    x, _, state, factors = lora_attention.tensors(HEADS, FP64)
     alone, _ = lora_attention.build("frozen", state, factors)
     expected = lora_attention.equation(x, state, [f * (i % 2 == 0) for i, f in enumerate(factors)])
     torch.testing.assert_close(alone(x), expected, rtol=1e-12, atol=1e-12)
@@ -271,27 +273,25 @@ def test_attention_is_pytorchs_with_lora():
 
 
 def test_pefts_attention_is_right_but_for_the_output_projection():
-    shape = lora_attention.SHAPES[0]
-    _, found = lora_attention.prepared(shape, FP64, "peft-mha")
+    _, found = lora_attention.prepared(HEADS, FP64, "peft-mha")
     assert found["error_y"] > 0.1, "PEFT counts it once now: say so in NOTES"
-    x, _, state, factors = lora_attention.tensors(shape, FP64)
+    x, _, state, factors = lora_attention.tensors(HEADS, FP64)
     without = [*factors[:3], torch.zeros_like(factors[3])]
     run, _ = lora_attention.build("peft-mha", state, without)
     torch.testing.assert_close(run(x), lora_attention.equation(x, state, without), rtol=1e-12, atol=1e-12)
 
 
 def test_our_attention_is_held_to_the_budget(monkeypatch):
-    shape = lora_attention.SHAPES[0]
-    _, found = lora_attention.prepared(shape, FP32, "auto")
+    _, found = lora_attention.prepared(HEADS, FP32, "auto")
     assert max(found.values()) < 1e-5 and len(found) == 5
     for function in (lora_attention.prepared, lora_attention.truth):
         function.cache_clear()
     monkeypatch.setattr(lora_attention, "SCALING", 1.501)
-    known = lora_attention.truth(shape, FP32)
+    known = lora_attention.truth(HEADS, FP32)
     monkeypatch.setattr(lora_attention, "truth", lambda *_: known)
     monkeypatch.setattr(lora_attention, "SCALING", 1.5)
     with pytest.raises(AssertionError, match="lora_attention y"):
-        lora_attention.prepared(shape, FP32, "auto")
+        lora_attention.prepared(HEADS, FP32, "auto")
 
 
 def test_kept_bytes_are_counted_once_and_without_what_is_there_anyway():
@@ -306,9 +306,9 @@ def test_kept_bytes_are_counted_once_and_without_what_is_there_anyway():
     assert lora_memory.kept_bytes(lambda x: F.linear(x, weight.detach()), x, [weight]) == 0, "frozen, it keeps nothing"
 
 
-def test_a_layer_keeps_x_s_and_a_bit_for_each_element():
-    x = torch.randn(64, 32, requires_grad=True)
-    base = torch.nn.Linear(32, 48)
+def test_a_layer_keeps_x_s_and_a_bit_for_each_element(device):
+    x = torch.randn(64, 32, device=device, requires_grad=True)
+    base = torch.nn.Linear(32, 48, device=device)
     layer = rsfast.LoRALinear(base, 16, 16, 0.1, impl="fused").train()
     kept = lora_memory.kept_bytes(lambda t: layer(t * 2), x, [*layer.parameters()])
     assert kept <= 64 * 32 * 4 + 64 * 16 * 4 + 64 * 32 // 8 + 8, "x, s, bits, seed"
@@ -317,7 +317,9 @@ def test_a_layer_keeps_x_s_and_a_bit_for_each_element():
 def test_memory_kept_for_lora_is_what_is_above_the_frozen_tower(monkeypatch):
     kept = {impl: lora_memory.of_tower(impl, (2, 5, 32, 1, 16))[0] for impl in ("frozen", "fused", "peft-bf16")}
     assert kept["frozen"] < kept["fused"] < kept["peft-bf16"]
-    assert kept["peft-bf16"] - kept["frozen"] > 2 * (kept["fused"] - kept["frozen"])
+    s, bits = 6 * lora_memory.RANK * lora.DTYPE.itemsize, 9 * 32 // 8
+    assert kept["fused"] - kept["frozen"] == 2 * 5 * (s + bits), "no input of a layer"
+    assert kept["peft-bf16"] - kept["frozen"] > 5 * (kept["fused"] - kept["frozen"])
     rows = []
     monkeypatch.setattr(bench_lora.lora_memory, "of_tower", lambda impl, shape: (kept[impl], torch.ones(1)))
 

@@ -47,7 +47,7 @@ def test_removing_merging_and_unmerging_restore_everything(name):
     model, batch = build(name)
     next(model.parameters()).requires_grad_(False)
     model.train()
-    before = snapshot(model)
+    before, flags = snapshot(model), [getattr(m, "qkv_bias_separate", None) for m in model.modules()]
     add_lora(model, r=2)
     model.eval()
     assert model.state_dict().keys() > before[0].keys()
@@ -66,8 +66,9 @@ def test_removing_merging_and_unmerging_restore_everything(name):
             unmerge_lora(model)
         merge_lora(model)
     remove_lora(model)
-    model.train()
     assert_unchanged(model, before)
+    assert [getattr(m, "qkv_bias_separate", None) for m in model.modules()] == flags
+    assert not any(m.training for m in model.modules())
     add_lora(model, r=2)  # and it can be done again
 
 

@@ -141,8 +141,8 @@ def test_adapters_of_a_batch_also_where_keys_come_from_elsewhere():
             assert torch.allclose(model(q, *rest)[0][0], together[j], rtol=0, atol=1e-12)
 
 
-def test_one_product_for_one_input(monkeypatch):
-    """Self-attention projects once; of a fused projection only what a target names has factors."""
+def test_one_product_for_each_input(monkeypatch):
+    """Self-attention projects once; another sequence's keys and values together; only targets have factors."""
     model, _ = attentions(("q", "v"), batch_first=True)
     monkeypatch.setattr(lora_attention, "_columns", lambda *args: pytest.fail("projected beside the layer"))
     calls, layer = [], model.in_proj
@@ -154,3 +154,11 @@ def test_one_product_for_one_input(monkeypatch):
     model(x, x, x)
     assert calls == [(N, L, 3 * D)]
     assert list(lora_layers(model)) == ["in_proj"]
+    spans, columns = [], type(layer).columns
+    monkeypatch.setattr(type(layer), "columns", lambda self, *args: spans.append(args[1:]) or columns(self, *args))
+    model(x, x + 1, x + 2)
+    model(x, x.clone(), x)
+    other = x + 1
+    model(x, other, other)
+    thirds = [(0, D), (D, 2 * D), (2 * D, 3 * D)]
+    assert spans == [*thirds, *thirds, (0, D), (D, 3 * D)]

@@ -46,6 +46,8 @@ BAD = [
     ({"r": 4, "rank_pattern": {}}, "must have shape"),
     ({"lora_alpha": "8"}, "lora_alpha, alpha_pattern must be finite numbers"),
     ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
+    ({"rank_pattern": [3]}, "rank_pattern and alpha_pattern must be dicts"),
+    ({"lora_alpha": float("nan")}, "lora_alpha, alpha_pattern must be finite numbers"),
     ({"rank_pattern": {"(": 3}}, "is no regular expression"),
     ({"tensors": {B: lambda t: t * torch.nan}}, f"{B} is not finite"),
     ({"tensors": {B: lambda t: t[:-1]}}, f"{B} must have shape"),
@@ -116,6 +118,29 @@ def test_bad_models(saved, tmp_path):
     with pytest.raises(ValueError, match="tied"):
         load_lora(tied, tmp_path / "net")
     assert not lora_layers(tied)
+
+
+@pytest.mark.parametrize("stored", [[[0, 24], [0, 24]], [[0, 24], [20, 30]], [[48, 72], [0, 24]], [[0, 80]], [[5, 5]]])
+def test_slices_that_cannot_be_are_not_taken_from_the_file(saved, stored):
+    name = "transformer.resblocks.0.attn"
+    header = {"rsfast.slices": json.dumps({name: stored})}
+    save_file(load_file(saved / WEIGHTS), saved / WEIGHTS, header)
+    model = clip()
+    assert load_lora(model, saved).placed[f"{name}.in_proj"] == ((0, 24),)  # by its zeros
+    header = {"rsfast.slices": json.dumps({name: [["a", 3]]})}
+    save_file(load_file(saved / WEIGHTS), saved / WEIGHTS, header)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_lora(clip(), saved)
+
+
+def test_wrapped_models_are_refused(saved):
+    model = with_lora(clip)
+    for wrapped in (torch.compile(model, backend="eager"), "model"):
+        with pytest.raises(TypeError, match="model must"):
+            save_lora(wrapped, saved / "never")
+        with pytest.raises(TypeError, match="model must"):
+            load_lora(wrapped, saved)
+    assert not (saved / "never").exists()
 
 
 def test_a_crash_leaves_the_old_files(saved, monkeypatch):

@@ -97,7 +97,17 @@ def test_live_ones_that_gradients_miss():
     assert check_live(chain(everything), x) == ["model.1", "model.3"]
     assert check_live(chain(tiny), x) == ["model.0", "model.1"]  # under half's smallest number they change nothing
     assert check_live(chain(lambda model, x: model[0](x).argmax(-1)), x) == ["model.1", "model.2", "model.3"]
-    assert check_live(chain(lambda model, x: model[0](x) + torch.rand(3, 8)), x) == ["model.1", "model.2", "model.3"]
+    random = torch.get_rng_state()
+    small = chain(lambda model, x: 1e-6 * model[0](x).detach() + torch.rand(3, 8))  # the same draws in every run
+    assert check_live(small, x) == ["model.1", "model.2", "model.3"]
+    torch.set_rng_state(random)
+    expected = torch.rand(3)
+    torch.set_rng_state(random)
+    check_live(small, x)
+    assert torch.equal(torch.rand(3), expected)
+    through = chain(lambda model, x: model[1](model[0](x)))
+    nn.init.zeros_(through.model[1].weight)  # nothing gets through but by the next one's B, which is zero too
+    assert check_live(through, x) == ["model.2", "model.3"]
     assert check_live(chain(lambda model, x: model[1](x) + 0 * model[2](x)), x) == ["model.0", "model.2", "model.3"]
 
 

@@ -63,6 +63,8 @@ def test_names_are_whole_paths_or_their_ends():
     assert list(places("clip", f"{path}.mlp.c_fc")) == [f"{path}.mlp.c_fc"]
     assert len(places("clip", "c_fc")) == len(places("clip", "mlp.c_fc")) == 5
     assert list(places("timm", "head")) == ["head"]
+    with pytest.raises(ValueError, match="'ead' names no linear layer"):
+        places("timm", "ead")
     whole = places("clip", f"{path}.attn.in_proj", "1.attn.out_proj")
     assert whole == {
         f"{path}.attn.in_proj": None,
@@ -70,6 +72,9 @@ def test_names_are_whole_paths_or_their_ends():
         "transformer.resblocks.1.attn.out_proj": None,
     }
     assert places("timm", "qkv")["blocks.0.attn.qkv"] is None
+    assert places("clip", "fc", "c_fc", "mlp.c_fc") == places("clip", "fc")
+    heads_first = AttentionCl(8, dim_head=4)  # q, k and v of a head lie together; all of them may have one LoRA
+    assert add_lora(heads_first, r=2, targets=("qkv",)).placed == {"qkv": None}
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     report = add_lora(model, 2, 4, ("2",))
     assert report == LoraReport({"2": None}, {}, 2 * 4 + 3 * 2) and model[2].scaling == 2
@@ -197,13 +202,14 @@ def odd_model():
     model["encoder"] = nn.TransformerEncoderLayer(8, 2, 16)
     model["more_keys"] = nn.MultiheadAttention(8, 2, add_bias_kv=True)
     model["heads_first"] = AttentionCl(8, dim_head=4)
+    model["no_attention"] = nn.ModuleDict({"proj": nn.Linear(8, 8), "fc1": nn.Linear(8, 8)})
     return model
 
 
 def test_what_cannot_have_lora_is_skipped_with_the_reason():
     model = odd_model()
     before = snapshot(model)
-    names = [name for name in model if name not in ("encoder", "more_keys", "heads_first")]
+    names = [name for name in model if name not in ("encoder", "more_keys", "heads_first", "no_attention")]
     report = add_lora(model, r=2, targets=(*names, "linear1", "q", "out"))
     assert report.placed == {"fine": None, "heads_first.proj": None}
     reasons = {
@@ -283,6 +289,14 @@ def test_freezing(freeze):
     )
 
 
+def test_layers_of_gated_adapters_are_none_to_it():
+    """An adapter reads its layers' weights and does not call them."""
+    model = tiny_clip()
+    add_adapters(model, **SIZE)
+    with pytest.raises(ValueError, match="'down' names no linear layer"):
+        add_lora(model, r=2, targets=("down",))
+
+
 @pytest.mark.parametrize("first, leaves", list(itertools.product(("adapters", "lora"), repeat=2)))
 def test_beside_gated_adapters_in_any_order(first, leaves):
     add = {
@@ -306,7 +320,6 @@ def test_beside_gated_adapters_in_any_order(first, leaves):
         if name == "logit_scale":  # LoRA freezes it, and does not train it
             trained = first == "adapters"
         assert parameter.requires_grad == trained, name
-    assert all(".adapter." not in path for path in lora_layers(model))  # an adapter does not call its layers
     a = features(stir(stir_lora(model)), *inputs())
     twin = copy.deepcopy(model)
     if leaves == "adapters":
@@ -336,6 +349,7 @@ def test_layers_are_what_they_say():
         assert run(model, batch).isfinite().all()
         remove_lora(model)
         add_lora(model, 2, 6, dropout=0.25)
+        assert not any(module.training for module in model.modules())
         for path, layer in lora_layers(model).items():
             assert isinstance(layer, LoRALinear) and (layer.r, layer.scaling, layer.dropout) == (2, 3, 0.25), path
             assert layer.lora_A.shape == (2 * len(layer.slices or (0,)), layer.in_features)

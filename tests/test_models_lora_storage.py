@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import rsfast
-from rsfast.models import add_lora, load_lora, lora_layers, patch_peft, save_lora, set_adapter_ids
+from rsfast.models import add_lora, load_lora, lora_layers, patch_peft, remove_lora, save_lora, set_adapter_ids
 from tests.lora_models import MODELS, build, run
 from tests.test_models_peft_attention import ATTN, features, merged_by_hand
 from tests.tiny_clip import CUSTOM, assert_unchanged, inputs, snapshot, tiny_clip, tiny_custom_text_clip
@@ -160,9 +160,12 @@ def test_every_kind_of_model(tmp_path, name):
         save_lora(model, tmp_path)
     assert [w.category for w in warned] == [UserWarning] * (name in NOT_IN_PEFT)
     fresh, _ = build(name)
+    before = snapshot(fresh)
     load_lora(fresh, tmp_path)
     assert_same_lora(model, fresh)
     assert torch.equal(run(fresh, batch), run(model, batch))
+    remove_lora(fresh)
+    assert_unchanged(fresh, before)
     if name not in NOT_IN_PEFT:
         theirs = mended(in_peft(build(name)[0], tmp_path)).base_model.model
         assert_close(run(theirs, batch), run(model, batch))
@@ -266,6 +269,19 @@ def test_where_peft_has_no_lora_a_warning_names_it(tmp_path):
     with pytest.warns(UserWarning, match="in_proj"):
         save_lora(alone, tmp_path)
     load_lora(nn.MultiheadAttention(8, 2), tmp_path)
+
+
+def test_projections_of_other_scalings_and_ranks(tmp_path):
+    """PEFT has one of each for an attention; what it computes is the same."""
+    model = with_lora(clip, targets=("q", "v", "out"))
+    for path, layer in lora_layers(model).items():
+        layer.scaling = 2.0 if path.endswith("out_proj") else 0.5
+    save_lora(model, tmp_path)
+    assert_close(output(mended(in_peft(clip(), tmp_path))), output(model))
+    fresh = clip()
+    load_lora(fresh, tmp_path)
+    assert_close(output(fresh), output(model))
+    assert {layer.r for layer in lora_layers(fresh).values()} == {3}
 
 
 def test_half_precision(tmp_path):

@@ -82,6 +82,21 @@ def test_precision(dtype, fused_only, monkeypatch):
         assert_within_budget(ours[name], gold[name], eager[name].to(ours[name]), terms=20, name=name)
 
 
+def test_kernels(device, fused_only, monkeypatch):
+    """Two active adapters, and a batch of both, in one kernel each."""
+    model = make({}, {"r": 2}, dtype=torch.float32).to(device)
+    x, names = example(torch.float32).to(device), ["one", "two", "__base__"]
+    twin = patched(model, impl="fused")
+    ours = gradients(twin, x)
+    ours["mixed"] = twin(x, adapter_names=names).detach()
+    monkeypatch.undo()
+    eager, gold = gradients(model, x), gradients(copy.deepcopy(model).double(), x.double())
+    eager["mixed"] = model(x, adapter_names=names).detach()
+    gold["mixed"] = model.double()(x.double(), adapter_names=names).detach()
+    for name in ours:
+        assert_within_budget(ours[name], gold[name], eager[name], terms=20, name=name)
+
+
 def test_no_fp32_copy_of_the_input(fused_only):
     model = patched(make(dtype=torch.bfloat16))
 

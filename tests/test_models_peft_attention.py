@@ -146,6 +146,21 @@ def test_merging_and_disabling():
     torch.testing.assert_close(features(merged)(*args), expected, rtol=0, atol=1e-12)
 
 
+def test_merging_a_layer_by_itself():
+    """PEFT's functions on the model visit ``out_proj`` too; the layer's own must not rely on that."""
+    layer = fused(make(ATTN, module=Block())).base_model.model.attn
+    x = torch.randn(3, 2, 12, dtype=torch.float64)
+    expected, weight = layer(x, x, x)[0], layer.base_layer.out_proj.weight.clone()
+    layer.merge()
+    torch.testing.assert_close(layer(x, x, x)[0], expected, rtol=0, atol=1e-12)
+    layer.enable_adapters(False)
+    layer(x, x, x)  # unmerges, as PEFT's does
+    assert not layer.merged and not layer.base_layer.out_proj.merged
+    torch.testing.assert_close(layer.base_layer.out_proj.weight, weight, rtol=0, atol=1e-14)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
 def test_safe_merge_of_a_broken_adapter_changes_nothing():
     model = fused(make(ATTN, module=Block()))
     layer = model.base_model.model.attn

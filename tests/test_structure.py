@@ -29,6 +29,7 @@ MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; fa
         "rsfast.{family}.functional",
     ),
     "module": ("torch", "rsfast._dispatch", "rsfast.{family}.functional"),
+    "group": ("torch", "rsfast._dispatch", "rsfast.{family}.functional", "rsfast.{family}.module"),
 }
 # above the families: who may import whom, lowest first; each may use the public names and all rooms below it
 ROOMS = ("models", "harma", "deblora", "tune", "info", "cli")

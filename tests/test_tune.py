@@ -188,22 +188,22 @@ def test_layers_of_a_model():
 
 
 @pytest.mark.parametrize("stages", tune.GROUPS)
-def test_everything_that_can_run_is_right(stages):
+def test_everything_that_can_run_is_right(stages, device):
     choices = combinations(SMALL, stages)
-    found, reasons = tune.check(SMALL, stages, choices, CPU)
+    found, reasons = tune.check(SMALL, stages, choices, torch.device(device))
     assert reasons == {} and len(found) == len(choices)
     assert all(0 < error < 1e-6 for errors in found.values() for error in errors)
-    assert tune.agree(tune.Layer(SMALL, CPU), stages, choices, found) == {}
+    assert tune.agree(tune.Layer(SMALL, stages, torch.device(device)), choices, found) == {}
 
 
 @pytest.mark.parametrize("facts", (
     plan.Facts(40, 32, 48, 8, 3, 0, False, BF16), plan.Facts(40, 32, 48, 8, 1, 0, True, BF16),
     plan.Facts(150, 32, 48, 8, 1, 3, False, BF16),
 ), ids=("slices", "dropout", "several"))  # fmt: skip
-def test_layers_of_every_kind_can_be_run(facts):
+def test_layers_of_every_kind_can_be_run(facts, device):
     for stages in tune.GROUPS[:2]:
         chosen = combinations(facts, stages)[:2]
-        found, reasons = tune.check(facts, stages, chosen, CPU)
+        found, reasons = tune.check(facts, stages, chosen, torch.device(device))
         assert reasons == {} and all(1e-4 < error < 1e-2 for errors in found.values() for error in errors)
 
 
@@ -218,33 +218,42 @@ def ours(choices):
     return {i for i, (choice,) in enumerate(choices) if choice.arm in ("expand", "inside")}
 
 
-def test_an_arm_that_is_wrong_is_not_believed(monkeypatch):
+def test_an_arm_that_is_wrong_is_not_believed(monkeypatch, device):
     off(monkeypatch, 1.001)
     choices = combinations(SMALL, ("forward",))
-    found, reasons = tune.check(SMALL, ("forward",), choices, CPU)
+    found, reasons = tune.check(SMALL, ("forward",), choices, torch.device(device))
     assert [choices[i][0].arm for i in found] == ["composed", "augmented"]
     assert all("error" in reason for reason in reasons.values()) and set(reasons) == ours(choices)
 
 
-def test_an_arm_that_is_wrong_at_its_full_size_only_is_not_believed(monkeypatch):
+def test_an_arm_that_is_wrong_at_its_full_size_only_is_not_believed(monkeypatch, device):
     monkeypatch.setattr(tune, "CHECKED_ROWS", 16)
     off(monkeypatch, 1.001, beyond=16)
     choices = combinations(SMALL, ("forward",))
-    found, reasons = tune.check(SMALL, ("forward",), choices, CPU)
+    found, reasons = tune.check(SMALL, ("forward",), choices, torch.device(device))
     assert reasons == {}
-    reasons = tune.agree(tune.Layer(SMALL, CPU), ("forward",), choices, found)
+    reasons = tune.agree(tune.Layer(SMALL, ("forward",), torch.device(device)), choices, found)
     assert set(reasons) == ours(choices) and reasons[2].startswith("at 40 rows it is 1.0e-03 from")
     off(monkeypatch, float("nan"), beyond=16)
-    assert set(tune.agree(tune.Layer(SMALL, CPU), ("forward",), choices, found)) == ours(choices)
+    assert set(tune.agree(tune.Layer(SMALL, ("forward",), torch.device(device)), choices, found)) == ours(choices)
 
 
-def test_an_arm_that_cannot_run_is_not_believed(monkeypatch):
+def test_an_arm_that_cannot_run_is_not_believed(monkeypatch, device):
     def broken(*args, **options):
         raise RuntimeError("out of resource:\n shared memory")
 
     monkeypatch.setattr(launch, "linear", broken)
-    found, reasons = tune.check(SMALL, ("forward",), combinations(SMALL, ("forward",)), CPU)
+    found, reasons = tune.check(SMALL, ("forward",), combinations(SMALL, ("forward",)), torch.device(device))
     assert set(found) == {0, 1} and reasons[2] == "RuntimeError: out of resource: shared memory"
+
+
+@pytest.mark.parametrize("stages, wanted", (
+    (("forward",), "FFF"), (("dgrad", "low"), "TFT"), (("factor",), "FTF"),
+), ids=str)  # fmt: skip
+def test_only_what_a_stage_is_for_is_computed(stages, wanted, device):
+    layer = tune.Layer(SMALL, stages, torch.device(device))
+    for one in (layer, layer.widened(torch.float64)):
+        assert "".join("FT"[t.requires_grad] for t in (*one.x, *one.factors)) == wanted
 
 
 def test_forced_are_the_stages_asked_for_and_no_other():
@@ -259,6 +268,9 @@ def test_forced_are_the_stages_asked_for_and_no_other():
 # --- how it is timed
 
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended, and kernels run on the CPU")
+
+
 class World(Pretended):
     def empty_cache(self):
         pass
@@ -271,6 +283,7 @@ def world(monkeypatch):
     return world
 
 
+@interpreted
 @pytest.mark.parametrize("stages", tune.GROUPS)
 def test_a_graph_of_all_inputs_for_each_candidate(monkeypatch, world, stages):
     choices = combinations(SMALL, stages)
@@ -287,6 +300,7 @@ def test_a_graph_of_all_inputs_for_each_candidate(monkeypatch, world, stages):
     assert replays == ["replay graph 0"] * backward + rounds, "in turn"
 
 
+@interpreted
 @pytest.mark.parametrize("again, chosen", (((9.0, 8.0), 3), ((9.0, 9.5), 2)))
 def test_the_winner_has_to_win_twice(monkeypatch, world, again, chosen):
     """Timed first: 10, 11, 8, 7 for the four; then the fastest against the composed one, then the next."""
@@ -305,6 +319,7 @@ def test_the_winner_has_to_win_twice(monkeypatch, world, again, chosen):
     assert seconds == {0: 2.5, 1: 2.75, 2: 2.0, 3: 1.75}, "a call"
 
 
+@interpreted
 def test_what_does_not_fit_is_a_reason(monkeypatch, world):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
@@ -312,6 +327,17 @@ def test_what_does_not_fit_is_a_reason(monkeypatch, world):
     monkeypatch.setattr(tune, "agree", full)
     best, seconds, reasons = tune.on_gpu(SMALL, ("forward",), combinations(SMALL, ("forward",)), CPU)
     assert best is None and reasons == {0: "out of memory: CUDA out of memory. Tried to allocate 9 GiB"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stages", tune.GROUPS)
+@pytest.mark.parametrize("dropout", (False, True))
+def test_a_gpu_is_really_timed(stages, dropout):
+    facts = plan.Facts(5000, 320, 384, 16, 1, 0, dropout, BF16)
+    choices = combinations(facts, stages)
+    best, seconds, reasons = tune.on_gpu(facts, stages, choices)
+    assert reasons == {} and best in seconds and set(seconds) == set(range(len(choices)))
+    assert all(1e-7 < took < 1e-2 for took in seconds.values()) and seconds[best] <= seconds[0]
 
 
 # --- the command
@@ -368,8 +394,12 @@ def test_info_names_the_table_in_use(monkeypatch):
     assert tune.table_in_use(CPU) == "untuned: composed"
     run([FACTS], a_table(), Measure())
     assert tune.table_in_use(CPU) == str(plan.user_table("none"))
-    gpu = {"name": "X", "capability": "9.0", "memory_gib": 1.0, "driver": "1", "lora_table": "untuned: composed"}
-    text = info.as_text({"versions": {"torch": "2"}, "gpus": [gpu], "operations": {}, "warnings": []})
+    one = types.SimpleNamespace(name="X", total_memory=2**30, major=9, minor=0)
+    world = dict(device_count=lambda: 1, is_available=lambda: False, get_device_name=lambda device: "X")
+    with monkeypatch.context() as pretended:
+        pretended.setattr(torch, "cuda", types.SimpleNamespace(**world, get_device_properties=lambda i: one))
+        gpus = info._gpus()
+    text = info.as_text({"versions": {"torch": "2"}, "gpus": gpus, "operations": {}, "warnings": []})
     assert "lora table" in text and "untuned: composed, for X" in text
     monkeypatch.setattr(tune, "HAS_TRITON", False)
     assert tune.table_in_use(CPU) == "untuned: composed"

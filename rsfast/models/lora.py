@@ -60,6 +60,7 @@ def add_lora(
     targets: Sequence[str] = ALIASES,
     dropout: float = 0.0,
     num_adapters: int = 1,
+    *,
     freeze: bool = True,
     recompute: bool = True,
     impl: Impl = "auto",
@@ -82,6 +83,7 @@ def add_lora(
         alpha: LoRA is scaled by ``alpha / r``.
         targets: ``"q"``, ``"k"``, ``"v"`` (an attention's projections), ``"out"`` (its output), ``"fc"``, ``"proj"``
             (first and second layer of an MLP), and names of linear layers: the last parts of a path, or all of it.
+            :func:`rsfast.models.check_live` tells whether a model calls what you name.
         dropout: As in :class:`rsfast.LoRALinear`.
         num_adapters: Above 1 every layer is a :class:`rsfast.BatchedLoRALinear`; :func:`set_adapter_ids` says who uses
             which.
@@ -308,7 +310,9 @@ def _check_options(model, r, alpha, targets, dropout, num_adapters, freeze, impl
     use_fused(impl, [])  # refuses an unknown impl
     for path, module in model.named_modules():
         if hasattr(module, "lora_A"):
-            raise ValueError(f"model has LoRA already, in {path or 'itself'}; remove_lora takes it out")
+            raise ValueError(
+                f"model has LoRA already, in {path or 'itself'}; remove_lora takes out what add_lora put in"
+            )
     return tuple(dict.fromkeys(names))
 
 

@@ -49,10 +49,15 @@ def apart(factors: Factors, stored: Slices, columns: list[Columns]) -> tuple[Fac
     """Factors with the slices they were made of: those that are stored, or those of ``columns`` where B is not zero."""
     used = tuple(c for c in columns if factors.B[slice(*c)].any())
     for slices in (stored, used):
-        found = compact(factors, slices) if slices else None
+        found = compact(factors, slices) if slices and _are_apart(slices, len(factors.B)) else None
         if found is not None:
             return found, slices
     return compact(factors, None), None
+
+
+def _are_apart(slices: Slices, columns: int) -> bool:
+    edges = [0, *(edge for pair in slices for edge in pair), columns]
+    return edges == sorted(edges) and all(start < end for start, end in slices)
 
 
 def of_layer(layer: LoRALinear | BatchedLoRALinear, adapter: int | None) -> Factors:

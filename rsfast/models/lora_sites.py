@@ -8,7 +8,7 @@ import torch
 from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
 
-from rsfast import BatchedLoRALinear, GatedAdapter, LoRALinear, SharedAdapter
+from rsfast import GatedAdapter, SharedAdapter
 from rsfast.models.lora_attention import LoRAAttention, LoRACrossAttention, LoRAMultiheadAttention
 
 ALIASES = ("q", "k", "v", "out", "fc", "proj")
@@ -31,6 +31,7 @@ class Site:
     weight: nn.Parameter
     aliases: dict[str, Columns | None]  # what it is called, and which of its columns that means; None: all
     refusal: str = ""  # why it cannot have LoRA after all
+    unsplit: str = ""  # why its aliases cannot be told apart
     attention: nn.Module | None = None  # that holds the weight, if no layer does
     name: str = ""  # of the weight in the attention
     rows: slice = field(default_factory=lambda: slice(None))  # of the attention's bias
@@ -43,13 +44,10 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """All linear maps of a model, first to last, but for those inside gated adapters; changes nothing."""
-    sites, adapters, fast = [], (), ()
+    """All linear maps of a model, first to last, but for those of gated adapters; changes nothing."""
+    sites, fast = [], ()
     for path, module in model.named_modules():
-        if path.startswith(adapters):
-            continue
         if isinstance(module, GatedAdapter | SharedAdapter):
-            adapters = (*adapters, _inside(path))
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             fast = (*fast, _inside(path))
@@ -83,12 +81,14 @@ def choose(sites: list[Site], targets: tuple[str, ...]) -> tuple[dict[int, tuple
             chosen.setdefault(j, []).append(sites[j].aliases[target] if target in ALIASES else None)
     chosen = dict(sorted(chosen.items()))
     for j, columns in chosen.items():
-        if len(columns) > 1 and None in columns:
+        if None in columns and len(set(columns)) > 1:
             raise ValueError(f"targets mean all of {sites[j].path} and parts of it; name the parts or the layer")
         chosen[j] = None if None in columns else tuple(sorted(columns))
-    for j in [j for j in chosen if sites[j].refusal]:
-        skipped[sites[j].path] = sites[j].refusal
-        del chosen[j]
+    for j, site in [(j, sites[j]) for j in chosen]:
+        refusal = site.refusal or (site.unsplit if chosen[j] else "")
+        if refusal:
+            skipped[site.path] = refusal
+            del chosen[j]
     if not chosen:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:8])
         raise ValueError(f"targets {targets} match nothing that can have LoRA ({reasons}); {_what_there_is(sites)}")
@@ -153,10 +153,8 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
     layers = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
     attends = not layers.keys().isdisjoint((*FUSED, "q_proj", "q"))
     is_mlp = not layers.keys().isdisjoint(FIRST) and not layers.keys().isdisjoint(SECOND)
-    if isinstance(parent, LoRALinear | BatchedLoRALinear):
-        return
     for name, layer in layers.items():
-        refusal, flag = _cannot(layer), ""
+        refusal, unsplit, flag = _cannot(layer), "", ""
         if isinstance(parent, AttentionPool2d):
             refusal = f"{type(parent).__name__} reads the weights of its layers and does not call them"
         aliases = {}
@@ -165,7 +163,7 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
             width, odd = divmod(layer.out_features, len(parts))
             aliases = {alias: (j * width, (j + 1) * width) for j, alias in enumerate(parts)}
             if odd or getattr(parent, "head_first", False) or hasattr(parent, "key_dim"):
-                refusal = refusal or f"{type(parent).__name__} does not keep {', '.join(parts)} one after the other"
+                unsplit = f"{type(parent).__name__} does not keep {', '.join(parts)} one after the other"
             if getattr(parent, "q_bias", None) is not None:
                 flag = "qkv_bias_separate"  # timm's EVA, BEiT and Swin 2 call the layer only then
                 if not hasattr(parent, flag):
@@ -176,7 +174,7 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
             aliases = {"out": None}
         elif is_mlp and name in FIRST + SECOND:
             aliases = {"fc" if name in FIRST else "proj": None}
-        yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, flag=flag)
+        yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, unsplit, flag=flag)
 
 
 def _unfit(weight: torch.Tensor | None) -> str:

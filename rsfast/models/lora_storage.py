@@ -43,6 +43,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike, *, adapter: int | Non
 
     Raises:
         ValueError: The model has no LoRA, or ``adapter`` is missing, out of range, or given where there is one only.
+        TypeError: ``model`` is wrapped, in DDP or ``torch.compile``: names in the file would be the wrapper's.
 
     Example:
         >>> import tempfile, torch, rsfast.models
@@ -53,6 +54,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike, *, adapter: int | Non
         ...     rsfast.models.load_lora(torch.nn.Sequential(torch.nn.Linear(6, 4)), folder).placed
         {'0': None}
     """
+    _check_unwrapped(model)
     layers = lora_layers(model)
     if not layers:
         raise ValueError("model has no LoRA; add_lora puts it in")
@@ -100,8 +102,9 @@ def load_lora(model: nn.Module, folder: str | os.PathLike, *, adapter: int | Non
         FileNotFoundError: A file is missing; the message names it.
         ValueError: A file is damaged or no plain LoRA (DoRA, a trained bias, ``modules_to_save``, ...), a factor is not
             finite or does not fit, or LoRA in the model is merged; the message names it. The model is as it was.
-        TypeError, NotImplementedError: As :func:`add_lora`.
+        TypeError: ``model`` is no ``nn.Module``, or is wrapped in DDP or ``torch.compile``.
     """
+    _check_unwrapped(model)
     options, tensors, slices = read_folder(folder)
     file = pathlib.Path(folder) / WEIGHTS
     layers = lora_layers(model)
@@ -198,6 +201,13 @@ def _factors(
 def _refuse(problems: list[str], file: pathlib.Path) -> None:
     more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
     raise ValueError(f"{file}: {'; '.join(problems[:8])}{more}")
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(f"model must be an nn.Module, unwrapped from DDP, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model must not be wrapped in torch.compile; give what was compiled, model._orig_mod")
 
 
 def _check_adapter(path: str, layer: LoRALinear | BatchedLoRALinear, adapter: int | None) -> None:

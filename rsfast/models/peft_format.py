@@ -77,7 +77,7 @@ def read_folder(folder: str | os.PathLike) -> tuple[Options, dict[str, Tensor], 
         with safe_open(folder / WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             slices = json.loads((file.metadata() or {}).get(SLICES, "{}"))
-            slices = {path: tuple((start, end) for start, end in parts) for path, parts in slices.items()}
+            slices = {path: tuple((int(start), int(end)) for start, end in parts) for path, parts in slices.items()}
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
     return options, tensors, slices
@@ -100,6 +100,8 @@ def _read_options(path: pathlib.Path) -> Options:
         raise ValueError(f"{path}: not plain LoRA: {', '.join(f'{k} is {v!r}' for k, v in other.items())}")
     given = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0} | {k: v for k, v in config.items() if v is not None}
     ranks, alphas = (given.get(k, {}) for k in ("rank_pattern", "alpha_pattern"))
+    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
+        raise ValueError(f"{path}: rank_pattern and alpha_pattern must be dicts, got {ranks!r} and {alphas!r}")
     for name, values, fits, wanted in (
         ("r, rank_pattern", [given["r"], *ranks.values()], lambda v: type(v) is int and v > 0, "positive integers"),
         ("lora_alpha, alpha_pattern", [given["lora_alpha"], *alphas.values()], _finite, "finite numbers"),

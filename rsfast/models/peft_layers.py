@@ -62,14 +62,10 @@ def stack(factors: list[Factors]) -> Factors:
     return Factors(torch.cat([f.A.to(B.dtype) for f in factors]), B, 1.0, 0.0)
 
 
-def adapted(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Factors], impl: Impl, columns: slice = slice(None)
-) -> Tensor:
-    """The columns of a linear layer with any number of adapters; each has a dropout of its own."""
-    factors = [f._replace(B=f.B[columns]) for f in factors]
+def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Factors], impl: Impl) -> Tensor:
+    """A linear layer with any number of adapters; each has a dropout of its own."""
     steady = [f for f in factors if not f.dropout_p]
     groups = ([stack(steady)] if steady else []) + [f for f in factors if f.dropout_p]
-    weight, bias = weight[columns], None if bias is None else bias[columns]
     if not groups:
         return F.linear(x, weight, bias)
     (A, B, scaling, dropout_p), *others = groups
@@ -144,7 +140,11 @@ class FusedMultiheadAttention(MultiheadAttention):
         factors = readable(query, [factors_of(self, name) for name in names])
 
         def columns(x: Tensor, first: int, last: int) -> Tensor:
-            return adapted(x, base.in_proj_weight, base.in_proj_bias, factors, self.rsfast_impl, slice(first, last))
+            W, b, some = base.in_proj_weight, base.in_proj_bias, factors
+            if last - first < len(W):
+                W, b = W[first:last], None if b is None else b[first:last]
+                some = [f._replace(B=f.B[first:last]) for f in factors]
+            return adapted(x, W, b, some, self.rsfast_impl)
 
         y, weights = self._attend(columns, query, *args, **kwargs)
         return y.to(query.dtype), None if weights is None else weights.to(query.dtype)

@@ -1,10 +1,10 @@
 """Launchers of the gated adapter's kernels: memory, grids, and the GEMMs of the weights' gradients."""
 
 import torch
-import triton
 from torch import Tensor
 
 from rsfast._dispatch import capability
+from rsfast._tiles import cdiv
 from rsfast.adapter.kernels import backward, forward
 from rsfast.adapter.kernels.attention import streamed_grad_kernel
 from rsfast.adapter.kernels.plan import Plan, plan
@@ -35,7 +35,7 @@ class _Call:
         self.has_shared = bool(shared)
         self.residual_gate = residual_gate
         self.plan: Plan = plan(self.L, self.R, heads, shared_heads, dtype, capability(x.device))
-        self.tiles = triton.cdiv(self.L, self.plan.BLOCK_L)
+        self.tiles = cdiv(self.L, self.plan.BLOCK_L)
 
     def new(self, *shape, dtype=None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)

@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from triton import next_power_of_2
 
-
-def _pad(size: int) -> int:
-    """Smallest block that holds ``size`` and that a matrix product takes."""
-    return max(16, next_power_of_2(size))
+from rsfast._tiles import pad
 
 
 @dataclass(frozen=True)
@@ -37,21 +33,24 @@ def plan(length: int, bottleneck: int, heads: int, shared_heads: int, dtype: tor
 
     sm_80 has no wgmma, so operands of a product take registers, and a sample of 64 tokens spills.
     """
-    block_r = _pad(bottleneck)
+    block_r = pad(bottleneck)
     wide = dtype == torch.float32
     large = block_r > 128 or (wide and bottleneck // heads >= 64)
     tokens = 16 if large else 32 if wide else 64  # what the registers of one program hold
     held = 16 if wide else tokens if capability >= 90 else min(tokens, 32)  # a whole sample, next to its attention
     return Plan(
         resident=length <= held,
-        BLOCK_L=min(tokens, _pad(length)),
+        BLOCK_L=min(tokens, pad(length)),
         BLOCK_R=block_r,
-        BLOCK_S=_pad(bottleneck // 2),
-        BLOCK_H=_pad(bottleneck // heads),
-        BLOCK_HS=_pad(bottleneck // 2 // shared_heads),
+        BLOCK_S=pad(bottleneck // 2),
+        BLOCK_H=pad(bottleneck // heads),
+        BLOCK_HS=pad(bottleneck // 2 // shared_heads),
         BLOCK_D=32 if wide else 64,
         BLOCK_K=32 if wide else 64,
         BLOCK_N=32 if wide else 64,
         num_warps=8,
         grad_warps=8 if wide else 4,
     )
+
+
+# FIX

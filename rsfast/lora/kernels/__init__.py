@@ -1,10 +1,12 @@
 """Triton kernels of linear layers with LoRA, and the choice among them and cuBLAS."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from rsfast._dispatch import once_differentiable, register
-from rsfast.lora.kernels import launch
+from rsfast.lora.kernels import launch, together
 from rsfast.lora.kernels.parts import lora_expand, lora_shrink
 from rsfast.lora.kernels.plan import flat, rows_apart
 
@@ -46,13 +48,15 @@ _bwd = register(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist, source):
+    def forward(
+        ctx, x, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist, source, shares
+    ):  # fmt: skip
         y, s, bits = _fwd(
             x, weight, bias, lora_A, lora_B, scale, scales, tables, slices, dropout_p, seed, insist, True
         )  # fmt: skip
         function, kept, *made = (None, x, *[None] * 4) if source is None else source
         ctx.save_for_backward(kept, s, bits, weight, lora_A, lora_B, scales, *made, *tables)
-        ctx.options = scale, slices, dropout_p, insist, function
+        ctx.options, ctx.shares = (scale, slices, dropout_p, insist, function), shares
         return y
 
     @staticmethod
@@ -61,12 +65,13 @@ class _LoRALinear(torch.autograd.Function):
         kept, s, bits, weight, lora_A, lora_B, scales, *rest = ctx.saved_tensors
         scale, slices, dropout_p, insist, function = ctx.options
         need_x, need_weight, need_bias, need_A, need_B = needs = ctx.needs_input_grad[:5]
-        dx, dA, dB, dW, db = _bwd(
+        run = _bwd if ctx.shares is None else functools.partial(together.bwd_later, ctx.shares)
+        dx, dA, dB, dW, db = run(
             rows_apart(dy), kept, s, bits, weight, lora_A, lora_B, scale, scales, rest[4:], slices, dropout_p, insist,
             need_x, need_A, need_B, need_weight, need_bias, function, rest[:4],
         )  # fmt: skip
         grads = (grad if need else None for grad, need in zip((dx, dW, db, dA, dB), needs, strict=True))
-        return *grads, *[None] * 8
+        return *grads, *[None] * 9
 
 
 def _by_rows(source, weight: Tensor):
@@ -95,9 +100,10 @@ def lora_linear(
     tables, slices = tables or [], flat(slices)
     learned = [t for t in (x, weight, bias, lora_A, lora_B) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and learned:
+        source = _by_rows(source, weight)
+        lora_A, lora_B, shares = together.take(rows, weight, lora_A, lora_B, tables, slices, dropout_p, insist, source)
         y = _LoRALinear.apply(
-            rows, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist,
-            _by_rows(source, weight),
+            rows, weight, bias, lora_A, lora_B, scales, seed, scale, tables, slices, dropout_p, insist, source, shares
         )  # fmt: skip
     else:
         y, _, _ = _fwd(

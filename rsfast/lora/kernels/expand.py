@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import cast
-from rsfast.lora.kernels.plan import Batch, Slices, pad
+from rsfast._tiles import cast, cdiv, pad
+from rsfast.lora.kernels.plan import Batch, Slices
 from rsfast.lora.kernels.tiles import add_low_rank, load_kept
 
 
@@ -50,7 +50,7 @@ def expand(
         return y
     most = 128 if y.element_size() == 2 else 64  # operands of fp32 products take registers
     block_m, block_n = min(most, pad(rows)), min(most, pad(columns))
-    grid = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
+    grid = cdiv(rows, block_m), cdiv(columns, block_n)
     expand_kernel[grid](
         base, y, low, up, bits, batch.slices_on(y, slices), batch.ids, batch.counts, batch.listed,
         rows, columns, rank, len(slices) // 3, batch.most, 0 if base is None else base.stride(0), low.stride(0),

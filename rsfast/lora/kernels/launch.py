@@ -9,6 +9,7 @@ from rsfast.lora.kernels.once import MAX_RANK, once
 from rsfast.lora.kernels.outer import outer
 from rsfast.lora.kernels.plan import Batch, Facts, Made, Slices, choose
 from rsfast.lora.kernels.shrink import shrink
+from rsfast.lora.kernels.sums import AT_ONCE, Sums
 from rsfast.lora.reference import LEVELS, levels, made_again
 
 
@@ -20,7 +21,7 @@ def batch_of(tables: list[Tensor], scales: Tensor | None) -> Batch:
     return Batch(ids, counts, listed, order, fine, fine_last, coarse, coarse_last, scales)
 
 
-def _facts(
+def facts_of(
     x: Tensor, dtype: torch.dtype, weight: Tensor, lora_A: Tensor, lora_B: Tensor, slices: Slices, dropout_p: float
 ) -> Facts:  # fmt: skip
     adapters = len(lora_A) if lora_A.ndim == 3 else 0
@@ -32,7 +33,7 @@ def _facts(
 def fwd(x, weight, bias, lora_A, lora_B, scale, scales, tables, slices, dropout_p, seed, insist, save):
     """y, and for backward s and dropout's bits (empty without ``save``)."""
     batch, slices = batch_of(tables, scales), tuple(slices)
-    facts = _facts(x, x.dtype, weight, lora_A, lora_B, slices, dropout_p)
+    facts = facts_of(x, x.dtype, weight, lora_A, lora_B, slices, dropout_p)
     choice = choose("forward", facts, x.device, insist)
     s, bits = x.new_empty(len(x), lora_A.shape[-2]), x.new_empty(len(x), 0, dtype=torch.uint8)
     if choice.arm == "inside":
@@ -79,13 +80,14 @@ def _augmented_fwd(x, weight, bias, lora_A, lora_B, scale, batch, slices, dropou
 def bwd(
     dy, x, s, bits, weight, lora_A, lora_B, scale, scales, tables, slices, dropout_p, insist,
     need_x, need_A, need_B, need_weight, need_bias, function, made,
+    sums_A: Sums = AT_ONCE, sums_B: Sums = AT_ONCE,
 ):  # fmt: skip
     """dx, dA, dB, dW and db; what is not needed is empty and costs nothing.
 
-    With a ``function``, ``x`` is its input, and ``made`` what else it takes.
+    With a ``function``, ``x`` is its input, and ``made`` what else it takes. dA and dB may come later, see ``Sums``.
     """
     batch, slices = batch_of(tables, scales), tuple(slices)
-    facts = _facts(x, dy.dtype, weight, lora_A, lora_B, slices, dropout_p)
+    facts = facts_of(x, dy.dtype, weight, lora_A, lora_B, slices, dropout_p)
     kept = bits if dropout_p else None
     factor = LEVELS / (LEVELS - levels(dropout_p)) if dropout_p else 1.0
     made = Made(function, *made) if function else None
@@ -96,23 +98,23 @@ def bwd(
         if need_x and dgrad.arm == "augmented":
             buffer = dy.new_empty(len(x), len(weight) + -(-len(lora_A) // 8) * 8)
         low = choose("low", facts, x.device, insist).arm
-        ds, dB = low_stage(dy, lora_B, s, scale, batch, slices, low, need_B, buffer)
+        ds, dB = low_stage(dy, lora_B, s, scale, batch, slices, low, need_B, buffer, sums_B)
         if need_x:
             dx = _dgrad(dy, ds, weight, lora_A, batch, dgrad, kept, factor, buffer)
         if need_A:
             arm = choose("factor", facts, x.device, insist).arm
-            dA = _factor(ds, x, lora_A, batch, kept, factor, made, arm)
+            dA = _factor(ds, x, lora_A, batch, kept, factor, made, arm, sums_A)
     dW = dy.T @ x if need_weight else weight.new_empty(0)
     db = dy.sum(0) if need_bias else weight.new_empty(0)
     return dx, dA, dB, dW, db
 
 
-def low_stage(dy, lora_B, s, scale, batch, slices, arm, need_B, buffer=None):
+def low_stage(dy, lora_B, s, scale, batch, slices, arm, need_B, buffer=None, sums=AT_ONCE):
     """ds of all slices, and dB (empty unless needed). ``buffer`` takes dy and ds side by side."""
     rank, width = lora_B.shape[-1], dy.shape[1]
     if arm == "once" and rank <= MAX_RANK:
         one_slice = None if slices else buffer
-        ds, dB = once(dy, lora_B, s, scale, batch, slices, one_slice)
+        ds, dB = once(dy, lora_B, s, scale, batch, slices, one_slice, sums if need_B else None)
         if buffer is not None and one_slice is None:
             ds = _beside(dy, ds, buffer)
         return ds, dB if need_B else lora_B.new_empty(0)
@@ -153,12 +155,12 @@ def _dgrad(dy, ds, weight, lora_A, batch, choice, kept, factor, buffer):
     return expand(dx, dx, ds, lora_A.mT, batch, bits=kept, factor=factor)
 
 
-def _factor(ds, x, lora_A, batch, kept, factor, made, arm):
+def _factor(ds, x, lora_A, batch, kept, factor, made, arm, sums):
     if arm == "composed" and kept is None and not batch.several:
         if made is not None:
             x = made_again(made.function, x, made.mean, made.rstd, made.weight, made.bias, ds.dtype)
         return product(ds.T, x, lora_A.dtype)
-    return outer(ds, x, lora_A, batch, transposed=False, bits=kept, factor=factor, made=made)
+    return outer(ds, x, lora_A, batch, transposed=False, bits=kept, factor=factor, made=made, sums=sums)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

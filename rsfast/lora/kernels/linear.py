@@ -6,8 +6,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rsfast._dispatch import capability
-from rsfast._tiles import cast, dot, multiprocessors, operand, pieces, place
-from rsfast.lora.kernels.plan import Batch, Choice, Slices, pad
+from rsfast._tiles import cast, cdiv, dot, multiprocessors, operand, pad, pieces, place
+from rsfast.lora.kernels.plan import Batch, Choice, Slices
 from rsfast.lora.kernels.tiles import add_low_rank, load_kept
 
 
@@ -112,7 +112,7 @@ def linear(
             name: TensorDescriptor(t, list(t.shape), list(t.stride()), blocks[name]) for name, t in operands.items()
         }
     block_r = pad(rank) if down is not None else min(64 if x.element_size() == 2 else 16, pad(rank))
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+    tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
     linear_kernel[(min(tiles, multiprocessors(x.device)),)](
         *operands.values(), bias, low, up, down, bits, batch.slices_on(x, slices), batch.ids, batch.counts,
         batch.listed, rows, columns, width, rank, len(slices) // 3, batch.most,

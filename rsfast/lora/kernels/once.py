@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import cast, dot
-from rsfast.lora.kernels.outer import add_up
-from rsfast.lora.kernels.plan import Batch, Slices, pad
+from rsfast._tiles import cast, cdiv, dot, pad
+from rsfast.lora.kernels.plan import Batch, Slices
+from rsfast.lora.kernels.sums import AT_ONCE, Sums
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import rows_of
 
@@ -62,32 +62,36 @@ def once_kernel(
              mask=in_rows[:, None] & ranks)  # fmt: skip
 
 
+def tiling(rows: int, rank: int, wide: bool, batch: Batch) -> tuple[int, int]:
+    """Rows of a program, and how many programs a slice has; operands of fp32 (``wide``) products take registers."""
+    block_m = min(32 if wide else min(FINE, 8192 // pad(rank)), pad(rows))
+    return block_m, len(batch.fine) * (FINE // block_m) if batch.several else cdiv(rows, block_m)
+
+
 def once(
-    dy: Tensor, lora_B: Tensor, s: Tensor, scale: float, batch: Batch, slices: Slices, buffer: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """ds (rows, ranks) and the gradient of ``lora_B``; s holds the scale already.
+    dy: Tensor, lora_B: Tensor, s: Tensor, scale: float, batch: Batch, slices: Slices, buffer: Tensor | None = None,
+    sums: Sums | None = AT_ONCE,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """ds (rows, ranks) and the gradient of ``lora_B``, without ``sums`` None; s holds the scale already.
 
     ``buffer`` (rows, columns + ranks or more) gets dy, and ds behind it; it is for one slice over everything.
     """
     (rows, columns), rank = dy.shape, lora_B.shape[-1]
     parts = max(len(slices) // 3, 1)
     ds = dy.new_empty(rows, parts * rank) if buffer is None else buffer[:, columns : columns + rank]
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
     if not rows:
-        return ds, dB.zero_()
+        return ds, torch.zeros_like(lora_B, memory_format=torch.contiguous_format)
     block_r = pad(rank)
-    wide = dy.element_size() == 4  # operands of fp32 products take registers
-    block_m, block_n = min(32 if wide else min(FINE, 8192 // block_r), pad(rows)), min(32 if wide else 64, pad(columns))
-    programs = len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
+    wide = dy.element_size() == 4
+    block_m, programs = tiling(rows, rank, wide, batch)
     size = lora_B.shape[-2] * rank
-    part = dy.new_empty(programs, size, dtype=torch.float32)
+    part = (sums or AT_ONCE).room(dy, programs, size)
     once_kernel[programs, parts](
         dy, lora_B, s, ds, buffer, part, batch.scales, batch.slices_on(dy, slices), batch.fine, batch.order,
         rows, columns, rank, size, dy.stride(0), s.stride(0), ds.stride(0), lora_B.stride(0) if batch.several else 0,
         lora_B.stride(-2), lora_B.stride(-1), scale,
         SEVERAL=batch.several, SLICED=math.gcd(16, *slices) if slices else 0, COPY=buffer is not None, CHUNK=FINE,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=8 if wide or block_m >= 128 else 4,
-        num_stages=2 if wide else 3,
+        BLOCK_M=block_m, BLOCK_N=min(32 if wide else 64, pad(columns)), BLOCK_R=block_r,
+        num_warps=8 if wide or block_m >= 128 else 4, num_stages=2 if wide else 3,
     )  # fmt: skip
-    last = batch.fine_last * (FINE // block_m) if batch.several else None
-    return ds, add_up(part, dB, batch, last)
+    return ds, sums and sums.add_up(part, lora_B, batch, batch.fine_last, times=FINE // block_m)

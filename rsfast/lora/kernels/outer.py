@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import LOG2E, cast, dot, multiprocessors
-from rsfast.lora.kernels.plan import Batch, Made, pad
+from rsfast._tiles import LOG2E, cast, cdiv, dot, multiprocessors, pad
+from rsfast.lora.kernels.plan import Batch, Made
+from rsfast.lora.kernels.sums import AT_ONCE, Sums
 from rsfast.lora.kernels.tiles import load_kept
 
 
@@ -71,61 +72,35 @@ def outer_kernel(
     tl.store(out, acc, mask=(k[:, None] < width) & (j[None, :] < ranks))
 
 
-@triton.jit
-def reduce_kernel(
-    part_ptr, out_ptr, last_ptr, size, chunks, factor, SEVERAL: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """out[adapter] = factor * the sum of its chunks' partial sums, in their order."""
-    adapter = tl.program_id(1)
-    first, last = 0, chunks
-    if SEVERAL:
-        first, last = tl.load(last_ptr + adapter), tl.load(last_ptr + adapter + 1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    acc = tl.zeros([BLOCK_E], tl.float32)
-    for c in tl.range(first, last, BLOCK_C):
-        chunk = c + tl.arange(0, BLOCK_C)
-        mask = (chunk[:, None] < last) & (e[None, :] < size)
-        acc += tl.sum(tl.load(part_ptr + chunk[:, None].to(tl.int64) * size + e[None, :], mask=mask, other=0.0), 0)
-    at = adapter.to(tl.int64) * size + e
-    tl.store(out_ptr + at, cast(acc * factor, out_ptr.dtype.element_ty), mask=e < size)
+def tiling(wide: Tensor, ranks: int, batch: Batch) -> tuple[int, int, int, int, int]:
+    """The three blocks of a program, rows of a chunk, and how many chunks."""
+    rows, width = wide.shape
+    block_m = 64 if wide.element_size() == 2 else 32
+    block_k, block_r = min(128, pad(width)), min(64, pad(ranks))
+    tiles = cdiv(width, block_k) * cdiv(ranks, block_r)
+    # two waves of programs are enough to fill the GPU, and fewer chunks are less to add up
+    chunk = block_m * max(1, cdiv(rows * tiles, 2 * multiprocessors(wide.device) * block_m))
+    return block_m, block_k, block_r, chunk, len(batch.coarse) if batch.several else cdiv(rows, chunk)
 
 
 def outer(
     low: Tensor, wide: Tensor, like: Tensor, batch: Batch, *, transposed: bool, bits: Tensor | None = None,
-    factor: float = 1.0, made: Made | None = None,
-) -> Tensor:  # fmt: skip
+    factor: float = 1.0, made: Made | None = None, sums: Sums = AT_ONCE,
+) -> Tensor | None:  # fmt: skip
     """Gradient of shape and dtype of ``like``: low^T wide ``(ranks, width)`` of each adapter, or its transpose.
 
     With ``made``, ``wide`` is what it is made from.
     """
     made = made or Made(None)
     (rows, width), ranks = wide.shape, low.shape[1]
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
     if not rows:
-        return out.zero_()
-    block_m = 64 if wide.element_size() == 2 else 32
-    block_k, block_r = min(128, pad(width)), min(64, pad(ranks))
-    tiles = triton.cdiv(width, block_k) * triton.cdiv(ranks, block_r)
-    # two waves of programs are enough to fill the GPU, and fewer chunks are less to add up
-    chunk = block_m * max(1, triton.cdiv(rows * tiles, 2 * multiprocessors(wide.device) * block_m))
-    chunks = len(batch.coarse) if batch.several else triton.cdiv(rows, chunk)
-    part = wide.new_empty(chunks, ranks * width, dtype=torch.float32)
-    outer_kernel[chunks, triton.cdiv(width, block_k), triton.cdiv(ranks, block_r)](
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    block_m, block_k, block_r, chunk, chunks = tiling(wide, ranks, batch)
+    part = sums.room(wide, chunks, ranks * width)
+    outer_kernel[chunks, cdiv(width, block_k), cdiv(ranks, block_r)](
         low, wide, part, bits, made.mean, made.rstd, made.weight, made.bias, batch.coarse, batch.order,
         rows, width, ranks, chunk, low.stride(0), wide.stride(0), *((1, ranks) if transposed else (width, 1)),
         SEVERAL=batch.several, MASKED=bits is not None, FUNCTION=made.function,
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return add_up(part, out, batch, batch.coarse_last, factor)
-
-
-def add_up(part: Tensor, out: Tensor, batch: Batch, last: Tensor | None, factor: float = 1.0) -> Tensor:
-    """out, with an axis of adapters in front if there are several, from the partial sums of ``(chunks, size)``."""
-    adapters = out.shape[0] if batch.several else 1
-    size = out.numel() // adapters
-    block = min(128, pad(size))
-    reduce_kernel[triton.cdiv(size, block), adapters](
-        part, out, last, size, len(part), factor, SEVERAL=batch.several, BLOCK_C=32, BLOCK_E=block, num_warps=4
-    )
-    return out
+    return sums.add_up(part, like, batch, batch.coarse_last, factor=factor)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 
 from rsfast._dispatch import capability
 
@@ -20,11 +19,6 @@ STAGES = ("forward", "dgrad", "low", "factor")  # y; dx; ds and dB from dY; dA f
 TABLES = pathlib.Path(__file__).parent.parent / "tables"  # that come with the library, measured on a GPU of that name
 ROWS = (4096, 16384, 40960)  # where a bucket of rows ends
 Slices = tuple[int, ...]  # start, end, and first row of lora_B, of each slice
-
-
-def pad(size: int) -> int:
-    """Smallest block that holds ``size`` and that a matrix product takes."""
-    return max(16, next_power_of_2(size))
 
 
 def flat(slices: tuple[tuple[int, int], ...] | None) -> list[int]:

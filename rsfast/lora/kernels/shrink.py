@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import cast, dot
-from rsfast.lora.kernels.plan import Batch, pad
+from rsfast._tiles import cast, cdiv, dot, pad
+from rsfast.lora.kernels.plan import Batch
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import draw_kept, rows_of, spread
 from rsfast.lora.reference import LEVELS, ROUNDS, levels
@@ -77,8 +77,8 @@ def shrink(
         return out[:, :ranks], bits
     block_r = min(pad(out.shape[1]), 128)
     block_m = 64 if rows >= 1024 or batch.several else 16
-    programs = len(batch.fine) * (FINE // block_m) if batch.several else triton.cdiv(rows, block_m)
-    shrink_kernel[programs, triton.cdiv(out.shape[1], block_r)](
+    programs = len(batch.fine) * (FINE // block_m) if batch.several else cdiv(rows, block_m)
+    shrink_kernel[programs, cdiv(out.shape[1], block_r)](
         x, factor, out, buffer, bits, seed, batch.scales, batch.fine, batch.order,
         rows, width, ranks, out.shape[1], x.stride(0), factor.stride(0) if batch.several else 0, factor.stride(-2),
         factor.stride(-1), out.stride(0), scale * (LEVELS / (LEVELS - levels(dropout_p)) if dropout_p else 1.0),

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast._dispatch import capability, once_differentiable, register
-from rsfast._tiles import LOG2E, cast, pieces, place
+from rsfast._tiles import LOG2E, cast, cdiv, pad, pieces, place
 from rsfast.similarity.kernels.plan import Tiles
 from rsfast.similarity.kernels.prepare import Batch, matches
 from rsfast.similarity.kernels.tiles import at_edge, inside, scores, weighed, weighed_grad
@@ -116,11 +116,11 @@ def hardest_grad_kernel(
 def _tiles(n: int, width: int, device: torch.device) -> Tiles:
     """High tiles: with more rows to a thread, a column's maximum takes fewer steps between threads."""
     block_m = 256 if capability(device) >= 90 else 128
-    block_m, block_n = (min(size, max(16, triton.next_power_of_2(n))) for size in (block_m, 128))
+    block_m, block_n = (min(size, pad(n)) for size in (block_m, 128))
     return Tiles(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=min(64, max(16, triton.next_power_of_2(width))),
+        BLOCK_K=min(64, pad(width)),
         PIECES=max(1, block_n // 64),
         GROUP=8,
         num_warps=8 if block_m == 256 or block_n == 128 else 4,
@@ -144,7 +144,7 @@ def fwd(
     )  # fmt: skip
     slopes = image.new_empty(2, batch.N, dtype=torch.float32)
     hardest = image.new_empty(2, batch.N, dtype=torch.int32)
-    losses = image.new_empty(triton.cdiv(2 * batch.N, BLOCK), dtype=torch.float64)
+    losses = image.new_empty(cdiv(2 * batch.N, BLOCK), dtype=torch.float64)
     violations_kernel[(len(losses),)](
         keys, batch.d, batch.scales, slopes, hardest, losses, batch.N, margin, weight,
         GAMMA=gamma, PARTS=batch.parts, BLOCK=BLOCK,
@@ -166,8 +166,8 @@ def _grad(dloss, y, slope, other_slope, hardest, other_hardest, need):
     if need:
         ordered, order = other_hardest.sort(stable=True)
         starts = torch.searchsorted(ordered, torch.arange(N + 1, dtype=torch.int32, device=y.device), out_int32=True)
-        block_d = min(512, max(16, triton.next_power_of_2(D)))
-        hardest_grad_kernel[N, triton.cdiv(D, block_d)](
+        block_d = min(512, pad(D))
+        hardest_grad_kernel[N, cdiv(D, block_d)](
             y, dx, dloss, slope, hardest, other_slope, order, starts, N, D,
             BLOCK_S=16, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

@@ -3,10 +3,9 @@
 from dataclasses import asdict, dataclass
 
 import torch
-from triton import cdiv, next_power_of_2
 
 from rsfast._dispatch import capability
-from rsfast._tiles import multiprocessors
+from rsfast._tiles import cdiv, multiprocessors, pad
 
 WORKSPACE = 2**29  # bytes of a pass's partial sums
 BLOCK = 2**29  # elements of 16 bits in a block of G, both parts counted
@@ -36,11 +35,11 @@ def tiles(device: torch.device, rows: int, columns: int, width: int, *, large: b
     # sm_120 has descriptors, but 99 KB of shared memory and no warpgroups: the wide tile neither fits nor helps it
     block_n = 256 if large and 90 <= capability(device) < 120 else 128
     pieces = block_n // 64
-    block_m, block_n = (min(size, max(16, next_power_of_2(n))) for size, n in ((128, rows), (block_n, columns)))
+    block_m, block_n = (min(size, pad(n)) for size, n in ((128, rows), (block_n, columns)))
     return Tiles(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=min(64, max(16, next_power_of_2(width))),
+        BLOCK_K=min(64, pad(width)),
         PIECES=min(pieces, max(1, block_n // 64)),
         GROUP=8,
         num_warps=8 if block_m * block_n >= 128 * 128 else 4,

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rsfast._dispatch import capability
-from rsfast._tiles import cast
+from rsfast._tiles import cast, cdiv
 from rsfast.similarity.kernels.vectors import SCALARS, scalars_kernel
 
 FULL = {torch.float16: 2.0**14, torch.bfloat16: 1.0}  # size of the largest entry of G: fp16 needs its range
@@ -97,9 +97,9 @@ class Batch:
             largest = torch.stack([torch.linalg.vector_norm(x.flatten(), float("inf")) for x in (image, text)])
             largest = torch.where(largest.isinf(), math.nan, largest)  # else all that is finite would become 0
             self.scales = torch.exp2((PART_BITS - 1 - largest.log2().floor()).clamp(-60, 60))
-            self.width = 2 * STEP * triton.cdiv(self.D, STEP)
+            self.width = 2 * STEP * cdiv(self.D, STEP)
             self.a, self.b = (image.new_empty(n, self.width, dtype=self.dtype) for n in (self.N, self.M))
-        blocks = triton.cdiv(max(self.N, self.M), ROWS)
+        blocks = cdiv(max(self.N, self.M), ROWS)
         self.d = image.new_empty(self.N if diagonal else 0, dtype=torch.float32)
         self.norms = image.new_empty(blocks, 2, dtype=torch.float32)
         prepare_kernel[(blocks,)](

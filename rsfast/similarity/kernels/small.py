@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsfast._tiles import INTERPRET, LOG2E, cast, multiprocessors, pieces
+from rsfast._tiles import INTERPRET, LOG2E, cast, cdiv, multiprocessors, pieces
 from rsfast.similarity.kernels import small_tiles as small
 from rsfast.similarity.kernels.tiles import inside, violation, weighed, weighed_grad
 
@@ -193,7 +193,7 @@ class Plan:
     num_warps: int
 
     def tiles(self, n: int) -> tuple[int, int]:
-        return triton.cdiv(n, self.BLOCK_M), triton.cdiv(n, self.BLOCK_N)
+        return cdiv(n, self.BLOCK_M), cdiv(n, self.BLOCK_N)
 
 
 PLANS = Plan(64, 64, 1, 8), Plan(128, 64, 2, 8), Plan(128, 128, 4, 8)
@@ -272,7 +272,7 @@ def step(
         peak_kernel[PEAKS.value, 2](image, text, peaks, counters, n * d, BLOCK=BLOCK_PEAK)
     else:
         counters = torch.zeros(2, dtype=torch.int32, device=image.device)
-    items = 2 * triton.cdiv(n, BLOCK) * triton.cdiv(d, BLOCK) if grad else 0
+    items = 2 * cdiv(n, BLOCK) * cdiv(d, BLOCK) if grad else 0
     for phase in (0,) if cooperative else (1, 2, 3):
         small_kernel[min(max(items, tiles_m * tiles_n), sm_count),](
             image, text, logit_scale, None if image_ids is None else image_ids.contiguous(), peaks, counters, partials,
@@ -317,7 +317,7 @@ def weigh(
     _, n, d = by_image.shape
     dimage, dtext = (by_image.new_empty(n, d, dtype=dtype) for _ in range(2))
     dscale = by_image.new_empty(())
-    weigh_kernel[triton.cdiv(n * d, BLOCK_PEAK), 2](
+    weigh_kernel[cdiv(n * d, BLOCK_PEAK), 2](
         dcontrastive, dtriplet, by_image, by_text, by_scale, dimage, dtext, dscale, n * d,
         CONTRASTIVE=dcontrastive is not None, TRIPLET=dtriplet is not None, BLOCK=BLOCK_PEAK,
     )  # fmt: skip

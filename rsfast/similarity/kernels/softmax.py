@@ -4,8 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
+from rsfast._tiles import cdiv
 from rsfast.similarity.kernels.first import first_pass
 from rsfast.similarity.kernels.prepare import FULL, Batch, matches
 from rsfast.similarity.kernels.second import gradients, second_pass

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from rsfast._dispatch import once_differentiable, register
+from rsfast._tiles import cdiv
 from rsfast.similarity.kernels.first import first_pass
 from rsfast.similarity.kernels.plan import BLOCK_ROWS
 from rsfast.similarity.kernels.prepare import FULL, Batch
