@@ -73,6 +73,7 @@ def test_names_are_whole_paths_or_their_ends():
     }
     assert places("timm", "qkv")["blocks.0.attn.qkv"] is None
     assert places("clip", "fc", "c_fc", "mlp.c_fc") == places("clip", "fc")
+    assert add_lora(nn.ModuleDict({"fc": nn.Linear(8, 3)}), r=2).placed == {"fc": None}  # as a ResNet calls its last
     heads_first = AttentionCl(8, dim_head=4)  # q, k and v of a head lie together; all of them may have one LoRA
     assert add_lora(heads_first, r=2, targets=("qkv",)).placed == {"qkv": None}
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))

@@ -82,7 +82,8 @@ def add_lora(
         r: Rank; at most the smaller side of every layer meant.
         alpha: LoRA is scaled by ``alpha / r``.
         targets: ``"q"``, ``"k"``, ``"v"`` (an attention's projections), ``"out"`` (its output), ``"fc"``, ``"proj"``
-            (first and second layer of an MLP), and names of linear layers: the last parts of a path, or all of it.
+            (first and second layer of an MLP), and names of linear layers: the last parts of a path, or all of it. A
+            word of the six that the model has nothing for is a name like any other.
             :func:`rsfast.models.check_live` tells whether a model calls what you name.
         dropout: As in :class:`rsfast.LoRALinear`.
         num_adapters: Above 1 every layer is a :class:`rsfast.BatchedLoRALinear`; :func:`set_adapter_ids` says who uses

@@ -72,13 +72,15 @@ def choose(sites: list[Site], targets: tuple[str, ...]) -> tuple[dict[int, tuple
     """
     chosen, skipped = {}, {}
     for target in targets:
-        hits = [j for j, site in enumerate(sites) if _means(target, site)]
+        hits = {j: site.aliases[target] for j, site in enumerate(sites) if target in site.aliases}
+        if not hits:  # a layer may be called fc and belong to no MLP
+            hits = {j: None for j, site in enumerate(sites) if f".{site.path}".endswith(f".{target}")}
         if not hits and target not in ALIASES:
             raise ValueError(f"targets: {target!r} names no linear layer of the model; {_what_there_is(sites)}")
         if not hits:
             skipped[target] = "the model has no such layer"
-        for j in hits:
-            chosen.setdefault(j, []).append(sites[j].aliases[target] if target in ALIASES else None)
+        for j, columns in hits.items():
+            chosen.setdefault(j, []).append(columns)
     chosen = dict(sorted(chosen.items()))
     for j, columns in chosen.items():
         if None in columns and len(set(columns)) > 1:
@@ -99,10 +101,6 @@ def tied(model: nn.Module, site: Site) -> list[str]:
     """Names under which the model holds the weight of a site, if there are several."""
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is site.weight]
     return names if len(names) > 1 else []
-
-
-def _means(target: str, site: Site) -> bool:
-    return target in site.aliases if target in ALIASES else f".{site.path}".endswith(f".{target}")
 
 
 def _what_there_is(sites: list[Site]) -> str:
