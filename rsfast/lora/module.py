@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rsfast._dispatch import Impl
 from rsfast.lora.functional import AdapterBatch, batched_lora_linear, lora_linear
+from rsfast.lora.functional.checks import check_slices
 
 
 class _Adapted(nn.Linear):
@@ -23,14 +24,16 @@ class _Adapted(nn.Linear):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
         nn.Module.__init__(self)  # nn.Linear's own would draw weights
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
-        if base.bias is not None:
-            base.bias.requires_grad_(False)
+        self.weight, self.bias = base.weight, base.bias
         self.r, self.dropout, self.impl = r, float(dropout), impl
-        self.slices = None if slices is None else tuple((int(start), int(end)) for start, end in slices)
+        self.slices = check_slices(slices, base.out_features)
         self.train(base.training)
 
     def _make_factors(self, *adapters: int) -> None:
+        """Last of all: what is refused leaves the base as it was."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
         parts = 1 if self.slices is None else len(self.slices)
         outputs = self.out_features if self.slices is None else sum(end - start for start, end in self.slices)
         like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
@@ -173,12 +176,19 @@ class BatchedLoRALinear(_Adapted):
         for name, values in (("ranks", self.ranks), ("alpha", alphas)):
             if len(values) != num_adapters:
                 raise ValueError(f"{name} must have {num_adapters} entries, one a adapter, got {len(values)}")
-        if not all(1 <= rank <= r for rank in self.ranks):
-            raise ValueError(f"ranks must be 1 to {r}, the rank of the bank, got {self.ranks}")
+        if not all(type(rank) is int and 1 <= rank <= r for rank in self.ranks):
+            raise ValueError(f"ranks must be integers from 1 to {r}, the rank of the bank, got {self.ranks}")
         scaling = [a / rank for a, rank in zip(alphas, self.ranks, strict=True)]
         self.register_buffer("scaling", torch.tensor(scaling, dtype=torch.float32, device=self.weight.device), False)
         self.adapter_ids: AdapterBatch | None = None
         self._make_factors(num_adapters)
+
+    def _apply(self, fn, recurse=True):
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        if not scaling.is_meta:  # 16 bits would round it for good
+            self.scaling = scaling.to(self.scaling.device)
+        return self
 
     @torch.no_grad()
     def reset_lora(self) -> None:
