@@ -111,3 +111,19 @@ def test_a_source_that_does_not_fit_is_refused(change, says):
         rsfast.lora_linear(
             x, torch.ones(16, 24), None, torch.ones(2, 24), torch.ones(16, 2), 1.0, source=source._replace(**change)
         )
+
+
+@pytest.mark.parametrize("written", ("x", "input"))
+def test_what_is_written_into_is_no_longer_what_was_made(device, written):
+    """By a layer in place, after the norm and before the product."""
+    h = torch.randn(5, 24, device=device)
+    layer = rsfast.LoRALinear(torch.nn.Linear(24, 16).to(device), r=4, impl="fused")
+    torch.nn.init.normal_(layer.lora_B)
+    source = rsfast.Source("gelu", h)
+    x = source.note(F.gelu(h))
+    assert rsfast.Source.of(x) is source and rsfast.Source.of(x + 0) is None
+    (x if written == "x" else h).add_(1)
+    assert rsfast.Source.of(x) is None
+    layer(x).sum().backward()
+    expected = layer.lora_B.sum(0)[:, None] * layer.scaling * x.sum(0)
+    torch.testing.assert_close(layer.lora_A.grad, expected)

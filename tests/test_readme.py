@@ -68,7 +68,7 @@ def test_the_replacement_is_the_same_function():
 
 def test_two_setup_commands_come_first():
     demo, tests = (block.strip() for block in blocks("bash")[:2])
-    for command, end in ((demo, "rsfast demo"), (tests, "python -m pytest -n 2 --dist loadgroup")):
+    for command, end in ((demo, "rsfast demo"), (tests, "python -m pytest -n 2")):
         assert "\n" not in command and command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
         assert command.endswith(f".venv/bin/{end}") and "-c constraints.txt" in command and "clone" not in command
     assert '-e ".[test]"' in tests

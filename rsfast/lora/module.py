@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsfast._dispatch import Impl
-from rsfast.lora.functional import AdapterBatch, batched_lora_linear, lora_linear
+from rsfast.lora.functional import AdapterBatch, Source, batched_lora_linear, lora_linear
 from rsfast.lora.functional.checks import check_slices
 
 
@@ -48,8 +48,7 @@ class _Adapted(nn.Linear):
 
     def _options(self, x: Tensor) -> dict:
         dropout_p = self.dropout if self.training else 0.0
-        source = None if torch.compiler.is_compiling() else getattr(x, "lora_source", None)  # see keep_sources
-        return dict(dropout_p=dropout_p, slices=self.slices, source=source, impl=self.impl)
+        return dict(dropout_p=dropout_p, slices=self.slices, source=Source.of(x), impl=self.impl)
 
     def extra_repr(self) -> str:
         slices = "" if self.slices is None else f", slices={self.slices}"

@@ -8,12 +8,6 @@ from torch.compiler import is_compiling
 from rsfast import Source
 
 
-def _noted(y: Tensor, source: Source) -> Tensor:
-    """``y``, with its source for the layer that it goes to; a tensor computed from it has none."""
-    y.lora_source = source
-    return y
-
-
 def _norm(module: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Source]:
     """What ``F.layer_norm`` computes, with the statistics that autograd keeps for it."""
     y, mean, rstd = native_layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
@@ -27,12 +21,18 @@ def _silent() -> bool:
 
 class NotedNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _silent() else _noted(*_norm(self, x))
+        if _silent():
+            return super().forward(x)
+        y, source = _norm(self, x)
+        return source.note(y)
 
 
 class NotedTimmNorm(timm.layers.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _silent() or self._fast_norm else _noted(*_norm(self, x))
+        if _silent() or self._fast_norm:
+            return super().forward(x)
+        y, source = _norm(self, x)
+        return source.note(y)
 
 
 class NotedClipNorm(LayerNorm):
@@ -40,7 +40,7 @@ class NotedClipNorm(LayerNorm):
         if _silent():
             return super().forward(x)
         y, source = _norm(self, x)
-        return _noted(y.to(x.dtype), source)
+        return source.note(y.to(x.dtype))
 
 
 class NotedNormFp32(LayerNormFp32):
@@ -48,19 +48,19 @@ class NotedNormFp32(LayerNormFp32):
         if _silent():
             return super().forward(x)
         y, source = _norm(self, x.float())
-        return _noted(y.to(x.dtype), source._replace(input=x))
+        return source._replace(input=x).note(y.to(x.dtype))
 
 
 class NotedGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y if _silent() else _noted(y, Source("gelu_tanh" if self.approximate == "tanh" else "gelu", x))
+        return y if _silent() else Source("gelu_tanh" if self.approximate == "tanh" else "gelu", x).note(y)
 
 
 class NotedQuickGELU(QuickGELU):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y if _silent() else _noted(y, Source("quick_gelu", x))
+        return y if _silent() else Source("quick_gelu", x).note(y)
 
 
 NOTED = {

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rsfast.lora.reference import SOURCES
@@ -38,6 +39,22 @@ class Source(NamedTuple):
     rstd: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+    def note(self, x: Tensor) -> Tensor:
+        """``x``, which tells the layers of this library that get it how it was made; what is computed from it does not.
+
+        Writing into ``x`` or into the input takes the word back.
+        """
+        x.lora_source = self, x._version, self.input._version
+        return x
+
+    @staticmethod
+    def of(x: Tensor) -> "Source | None":
+        """The source that ``x`` was given by :meth:`note`, if it still holds."""
+        if torch.compiler.is_compiling():
+            return None
+        source, *versions = getattr(x, "lora_source", (None,))
+        return source if source is not None and versions == [x._version, source.input._version] else None
 
 
 def check_source(x: Tensor, source: Source) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import capability
+from rsfast._tiles import pad
 
 STAGES = ("forward", "dgrad", "low", "factor")  # y; dx; ds and dB from dY; dA from x and ds
 TABLES = pathlib.Path(__file__).parent.parent / "tables"  # that come with the library, measured on a GPU of that name
@@ -115,12 +116,12 @@ class Facts:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - facts are values, and every layer asks at every call
     def key(self, stage: str) -> str:
-        """Name of these facts in a table."""
+        """Name of these facts in a table; ranks that the kernels pad to one size share it."""
         bucket = next((f"to{end}" for end in ROWS if self.rows <= end), f"over{ROWS[-1]}")
         name = str(self.dtype).removeprefix("torch.")
         several = "several" if self.adapters else "one"
         return (
-            f"{stage} {name} {bucket} {self.contracted}x{self.outputs} r{self.rank}x{self.parts} {several} "
+            f"{stage} {name} {bucket} {self.contracted}x{self.outputs} r{pad(self.rank)}x{self.parts} {several} "
             f"{'dropout' if self.dropout else 'whole'}"
         )
 
