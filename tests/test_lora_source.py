@@ -73,6 +73,20 @@ def test_a_source_of_another_function_would_show(device):
     assert (grads[0] - grads[1]).abs().max() > 1e-3
 
 
+def test_a_wider_source_is_rounded_to_what_x_was(device):
+    """x in bf16 of a GELU in fp32, as autocast makes it: the very same x, so the very same gradient."""
+    h = torch.randn(30, 24, generator=torch.Generator().manual_seed(2)).to(device)
+    x, weight = F.gelu(h).to(BF16), torch.ones(16, 24, device=device, dtype=BF16)
+    A, B = (torch.randn(s, generator=torch.Generator().manual_seed(3)).to(device) for s in ((8, 24), (16, 8)))
+    A.requires_grad_()
+    grads = []
+    for given in (None, rsfast.Source("gelu", h)):
+        with plan.forced({"factor": plan.COMPOSED}):
+            y = rsfast.lora_linear(x, weight, None, A, B, 1.0, source=given, impl="fused")
+            grads += torch.autograd.grad(y.sum(), A)
+    assert torch.equal(*grads)
+
+
 def test_x_is_kept_where_the_weight_is_trained(device):
     x, source, _ = made_of("gelu", device, FP32)
     weight, A, B = (torch.ones(s, device=device).requires_grad_() for s in ((16, 24), (8, 24), (16, 8)))

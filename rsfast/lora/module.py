@@ -34,16 +34,16 @@ class _Adapted(nn.Linear):
         self.train(base.training)
 
     def _make_factors(self, *adapters: int) -> None:
-        """What comes last: the base is frozen when nothing can be refused any more."""
+        """Last of all: what is refused leaves the base as it was."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
         parts = 1 if self.slices is None else len(self.slices)
         outputs = self.out_features if self.slices is None else sum(end - start for start, end in self.slices)
         like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(*adapters, parts * self.r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(*adapters, outputs, self.r, **like))
         self.reset_lora()
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
 
     def reset_lora(self) -> None:
         """Start again: ``lora_A`` as PEFT draws it, ``lora_B`` zero, so that the layer computes what its base does."""
@@ -188,11 +188,18 @@ class BatchedLoRALinear(_Adapted):
             if len(values) != num_adapters:
                 raise ValueError(f"{name} must have {num_adapters} entries, one a adapter, got {len(values)}")
         if not all(type(rank) is int and 1 <= rank <= r for rank in self.ranks):
-            raise ValueError(f"ranks must be 1 to {r}, the rank of the bank, got {self.ranks}")
+            raise ValueError(f"ranks must be integers from 1 to {r}, the rank of the bank, got {self.ranks}")
         scaling = _scalings(alphas, self.ranks)
         self.register_buffer("scaling", torch.tensor(scaling, dtype=torch.float32, device=self.weight.device), False)
         self.adapter_ids: AdapterBatch | None = None
         self._make_factors(num_adapters)
+
+    def _apply(self, fn, recurse=True):
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        if not scaling.is_meta:  # 16 bits would round it for good
+            self.scaling = scaling.to(self.scaling.device)
+        return self
 
     @torch.no_grad()
     def reset_lora(self) -> None:

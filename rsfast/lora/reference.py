@@ -30,7 +30,7 @@ def keep_mask(rows: int, width: int, dropout_p: float, seed: Tensor) -> Tensor:
         c0, c1, c2, c3 = b >> 32 & word ^ c1 ^ k0, b & word, a >> 32 & word ^ c3 ^ k1, a & word
         k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
     words = torch.stack([c0, c1, c2, c3], -1)
-    draws = torch.cat([words & 0xFFFF, words >> 16], -1).reshape(rows, -1)
+    draws = torch.cat([words & 0xFFFF, words >> 16], -1).reshape(rows, 8 * len(columns))
     return draws[:, :width] >= levels(dropout_p)
 
 

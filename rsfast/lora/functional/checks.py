@@ -1,5 +1,7 @@
 """What the operations of this family refuse, and when their kernels cannot run."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,19 +64,24 @@ def check_factor(x: Tensor, name: str, factor: Tensor, ndim: int, axes: str) -> 
     _check_device(x, name, factor)
 
 
-def check_slices(slices: Slices | None, width: int | float) -> Slices | None:
-    """Slices as tuples of two integers, in order and apart, within ``width`` columns."""
+def check_slices(slices: Slices | None, width: int | None) -> Slices | None:
+    """Slices as tuples of two integers, in order and apart, within ``width`` columns; None if these end the width."""
     if slices is None:
         return None
-    try:
-        slices = tuple((int(start), int(end)) for start, end in slices)
-    except (TypeError, ValueError):
-        raise ValueError(f"slices must be ranges of columns, a pair (start, end) each, got {slices!r}") from None
+    given = slices if isinstance(slices, Sequence) else (slices,)
+    if not all(isinstance(each, Sequence) and len(each) == 2 and _integers(each) for each in given):
+        raise ValueError(f"slices must be pairs of integers, where a range of columns starts and ends, got {slices!r}")
+    slices = tuple((start, end) for start, end in given)
     ends = (0, *(end for _, end in slices))
     fine = all(last <= start < end for last, (start, end) in zip(ends[:-1], slices, strict=True))
-    if not slices or not fine or ends[-1] > width:
-        raise ValueError(f"slices must be ranges of columns, in order and apart, within 0 to {width}, got {slices}")
+    if not slices or not fine or (width is not None and ends[-1] > width):
+        within = "from 0" if width is None else f"within 0 to {width}"
+        raise ValueError(f"slices must be ranges of columns, in order and apart, {within}, got {slices}")
     return slices
+
+
+def _integers(numbers: Sequence) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
 
 
 def check_ranks(lora_A: Tensor, lora_B: Tensor, slices: Slices | None, width: int, outputs: int) -> None:
@@ -110,8 +117,8 @@ def seed_on(x: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor | 
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
     if not isinstance(seed, Tensor):
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be one int64, got {seed!r}")
+        if not _integers([seed]) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be an integer of 64 bits or a tensor of one, got {seed!r}")
         return x.new_full((), seed, dtype=torch.int64)  # a kernel, so that a CUDA graph can hold it
     if seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")

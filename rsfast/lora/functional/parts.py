@@ -1,7 +1,5 @@
 """The two halves of a LoRA by themselves: down to the rank, and up again."""
 
-import math
-
 from torch import Tensor
 
 from rsfast._dispatch import Impl, use_fused
@@ -105,7 +103,9 @@ def lora_expand(
     several = adapter_ids is not None
     check_factor(s, "lora_B", lora_B, 2 + several, "(G, N, r)" if several else "(N, r)")
     dtype = working_dtype(s)
-    slices = check_slices(slices, math.inf if base is None else base.shape[-1])
+    if base is not None:
+        check_floating(base, "base")
+    slices = check_slices(slices, None if base is None else base.shape[-1])
     outputs = base.shape[-1] if base is not None else lora_B.shape[-2] if slices is None else slices[-1][1]
     adapted = outputs if slices is None else sum(end - start for start, end in slices)
     if lora_B.shape[-2] != adapted or s.shape[-1] != lora_B.shape[-1] * (1 if slices is None else len(slices)):

@@ -97,7 +97,7 @@ class _Expand(torch.autograd.Function):
         ds = dB = None
         if need_s or need_B:
             ds, dB = _expand_grad(rows_apart(dy), s, lora_B, tables, ctx.slices, need_B)
-        return ds if need_s else None, dB if need_B else None, dy.clone() if need_base else None, None, None, None
+        return ds if need_s else None, dB if need_B else None, dy if need_base else None, None, None, None
 
 
 def _learns(*tensors: Tensor | None) -> bool:
