@@ -377,7 +377,7 @@ def add_parser(subparsers) -> None:
 def main(args, measure: Callable = on_gpu) -> int:
     from rsfast.lora.functional.checks import MAX_RANK
 
-    if not all(1 <= rank <= MAX_RANK for rank in args.rank) or args.batch_size < 1 or args.budget <= 0:
+    if not all(1 <= rank <= MAX_RANK for rank in args.rank) or args.batch_size < 1 or not args.budget > 0:
         raise ValueError(
             f"--rank must be 1 to {MAX_RANK}, --batch-size and --budget positive; got {args.rank}, {args.batch_size}, "
             f"{args.budget}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rsfast._dispatch import Impl
 from rsfast.lora.functional import lora_linear
+from rsfast.lora.functional.checks import working_dtype
 from rsfast.lora.module import LoRALinear
 
 
@@ -179,8 +180,7 @@ class LoRALinearGroup(LoRALinear):
         parameters = ((p._version, p.data_ptr(), p.requires_grad) for p in self._parameters.values() if p is not None)
         return (
             *parameters, x._version, x.requires_grad, self.training, self.merged, torch.is_grad_enabled(),
-            torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type),
-            torch.cuda.current_stream(x.device) if x.is_cuda else None,
+            working_dtype(x), torch.cuda.current_stream(x.device) if x.is_cuda else None,
         )  # fmt: skip
 
     def _state_of(self, index: int) -> tuple:

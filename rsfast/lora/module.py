@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsfast._dispatch import Impl
+from rsfast._dispatch import Impl, use_fused
 from rsfast.lora.functional import AdapterBatch, Source, batched_lora_linear, lora_linear
 from rsfast.lora.functional.checks import check_slices
 
@@ -20,8 +21,11 @@ class _Adapted(nn.Linear):
             raise TypeError(f"base must be an nn.Linear without LoRA, got {type(base).__name__}")
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be a positive integer, got {r!r}")
-        if not 0 <= dropout < 1:
+        if not isinstance(dropout, Real) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+        if not isinstance(base._parameters.get("weight"), nn.Parameter) or nn.parameter.is_lazy(base.weight):
+            raise TypeError(f"base must hold its weight as a parameter, but a {type(base).__name__} makes it otherwise")
+        use_fused(impl, [])  # refuses an unknown impl
         nn.Module.__init__(self)  # nn.Linear's own would draw weights
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -30,16 +34,16 @@ class _Adapted(nn.Linear):
         self.train(base.training)
 
     def _make_factors(self, *adapters: int) -> None:
-        """Last of all: what is refused leaves the base as it was."""
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        """What comes last: the base is frozen when nothing can be refused any more."""
         parts = 1 if self.slices is None else len(self.slices)
         outputs = self.out_features if self.slices is None else sum(end - start for start, end in self.slices)
         like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(*adapters, parts * self.r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(*adapters, outputs, self.r, **like))
         self.reset_lora()
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
     def reset_lora(self) -> None:
         """Start again: ``lora_A`` as PEFT draws it, ``lora_B`` zero, so that the layer computes what its base does."""
@@ -53,6 +57,12 @@ class _Adapted(nn.Linear):
     def extra_repr(self) -> str:
         slices = "" if self.slices is None else f", slices={self.slices}"
         return f"{super().extra_repr()}, r={self.r}, dropout={self.dropout}{slices}"
+
+
+def _scalings(alphas: Sequence[float], ranks: Sequence[int]) -> list[float]:
+    if not all(isinstance(alpha, Real) and math.isfinite(alpha) for alpha in alphas):
+        raise ValueError(f"alpha must be finite numbers, got {', '.join(map(repr, alphas))}")
+    return [float(alpha) / rank for alpha, rank in zip(alphas, ranks, strict=True)]
 
 
 class LoRALinear(_Adapted):
@@ -86,7 +96,7 @@ class LoRALinear(_Adapted):
         slices: Sequence[tuple[int, int]] | None = None, impl: Impl = "auto",
     ):  # fmt: skip
         super().__init__(base, r, dropout, slices, impl)
-        self.scaling = alpha / r
+        (self.scaling,) = _scalings([alpha], [r])
         self._make_factors()
         self._unmerged: Tensor | None = None
 
@@ -104,6 +114,8 @@ class LoRALinear(_Adapted):
     @torch.no_grad()
     def merge(self) -> None:
         """Add the adaptation to ``weight``, for inference; a copy of the weight is kept until :meth:`unmerge`.
+
+        In between ``state_dict`` holds the merged weight, and a weight that is loaded is gone after :meth:`unmerge`.
 
         Raises:
             ValueError: It is merged already.
@@ -177,7 +189,7 @@ class BatchedLoRALinear(_Adapted):
                 raise ValueError(f"{name} must have {num_adapters} entries, one a adapter, got {len(values)}")
         if not all(type(rank) is int and 1 <= rank <= r for rank in self.ranks):
             raise ValueError(f"ranks must be integers from 1 to {r}, the rank of the bank, got {self.ranks}")
-        scaling = [a / rank for a, rank in zip(alphas, self.ranks, strict=True)]
+        scaling = _scalings(alphas, self.ranks)
         self.register_buffer("scaling", torch.tensor(scaling, dtype=torch.float32, device=self.weight.device), False)
         self.adapter_ids: AdapterBatch | None = None
         self._make_factors(num_adapters)

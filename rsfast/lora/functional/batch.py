@@ -8,7 +8,8 @@ class AdapterBatch:
     """Adapter ids of a batch, with what the kernels derive from them; made once, used by every layer.
 
     What is derived has a size that depends on shapes only and is computed on the ids' device without waiting for it, so
-    a CUDA graph can hold it. It is kept for each number of tokens a sample that layers ask for.
+    a CUDA graph can hold it. It is kept for each number of tokens a sample that layers ask for, until somebody writes
+    into the ids. A graph that is to be replayed with other ids has to capture the making of the batch too.
 
     Args:
         adapter_ids: int32 or int64; one a sample, or one a token in the shape of the layers' input without its width.
@@ -33,6 +34,7 @@ class AdapterBatch:
             self._check(adapter_ids, num_adapters)
         self.ids, self.num_adapters = adapter_ids, num_adapters
         self._plans: dict[int, list[Tensor]] = {}
+        self._version = self._written()
 
     @staticmethod
     def _check(ids: Tensor, num_adapters: int) -> None:
@@ -45,8 +47,17 @@ class AdapterBatch:
 
     def plan(self, repeats: int) -> list[Tensor]:
         """What the kernels read, for layers that take ``repeats`` tokens for each id."""
+        written = self._written()
+        if written not in (None, self._version):
+            self._check(self.ids, self.num_adapters)
+            self._plans, self._version = {}, written
         if repeats not in self._plans:
             from rsfast.lora.kernels.tables import make_plan
 
-            self._plans[repeats] = make_plan(self.ids, repeats, self.num_adapters)
+            with torch.inference_mode(False):  # what is made inside could not be kept for backward outside
+                self._plans[repeats] = make_plan(self.ids, repeats, self.num_adapters)
         return self._plans[repeats]
+
+    def _written(self) -> int | None:
+        """How often the ids were written into, where that is known."""
+        return None if torch.compiler.is_compiling() or self.ids.is_inference() else self.ids._version

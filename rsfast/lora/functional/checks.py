@@ -22,9 +22,14 @@ def why_not_fused(x: Tensor, rank: int = 16, dtype: torch.dtype | None = None) -
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """What products are taken in: autocast's dtype inside an autocast region, else that of ``x``."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    """What products are taken in: autocast's dtype where that applies, else that of ``x``."""
+    return torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast rounds ``x``: inside its region, but, as in PyTorch, not fp64; nor on a device without it."""
+    device = x.device.type
+    return device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
 
 
 def check_floating(x: Tensor, name: str) -> None:
@@ -40,7 +45,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight must be (N, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = in_autocast(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -53,7 +58,7 @@ def check_factor(x: Tensor, name: str, factor: Tensor, ndim: int, axes: str) -> 
     """One of ``lora_A`` and ``lora_B``, with or without an axis of adapters."""
     if factor.ndim != ndim:
         raise ValueError(f"{name} must be {axes}, got shape {tuple(factor.shape)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = in_autocast(x)
     if factor.dtype not in (x.dtype, torch.float32) and not (autocast and factor.is_floating_point()):
         raise ValueError(f"{name} must be {x.dtype}, as x is, or torch.float32; got {factor.dtype}")
     _check_device(x, name, factor)

@@ -45,7 +45,8 @@ class Source(NamedTuple):
 
         Writing into ``x`` or into the input takes the word back.
         """
-        x.lora_source = self, x._version, self.input._version
+        if not (x.is_inference() or self.input.is_inference()):  # of those nothing tells that they were written into
+            x.lora_source = self, x._version, self.input._version
         return x
 
     @staticmethod

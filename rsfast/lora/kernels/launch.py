@@ -165,8 +165,8 @@ def _factor(ds, x, lora_A, batch, kept, factor, made, arm, sums):
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b in ``dtype``, which may be wider than theirs."""
-    if dtype == a.dtype:
-        return a @ b
+    if a.dtype == dtype or dtype != torch.float32:  # cuBLAS writes the operands' dtype, or fp32
+        return (a @ b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 

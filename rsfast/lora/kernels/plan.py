@@ -64,7 +64,7 @@ class Batch:
         return _on_device(slices, x.device) if slices else None
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without a limit, for a graph reads what the cache would forget
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Copied once, so that a CUDA graph, which is captured after a first call, can hold it."""
     return torch.tensor(numbers, dtype=torch.int32).to(device)
@@ -204,13 +204,14 @@ def file_name(gpu: str) -> str:
 
 def user_table(gpu: str) -> pathlib.Path:
     """Where ``rsfast tune`` writes for this GPU."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # pathlib's wants a home, and raises
     return pathlib.Path(cache) / "rsfast" / "lora" / file_name(gpu)
 
 
 def table_path(gpu: str) -> pathlib.Path | None:
     """The table in use: the user's, else the one that comes with the library, else none."""
-    return next((path for path in (user_table(gpu), TABLES / file_name(gpu)) if path.is_file()), None)
+    # os.path's is_file: that of pathlib raises where a folder may not be read, as another user's home in a container
+    return next((path for path in (user_table(gpu), TABLES / file_name(gpu)) if os.path.isfile(path)), None)
 
 
 @functools.cache
@@ -234,7 +235,10 @@ def read_table(path: pathlib.Path) -> dict[str, Choice]:
     """
     fields = [field.name for field in dataclasses.fields(Choice)]
     try:
-        entries = json.loads(path.read_text())["choices"]
+        content = json.loads(path.read_text())
+        entries, measured = content["choices"], content.get("measured", {})
+        if not all(isinstance(versions, dict) for versions in measured.values()):
+            raise TypeError("measured must hold a dict for each key")
         return {key: Choice(**{name: entry[name] for name in fields}) for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of rsfast tune: {type(error).__name__}: {error}") from None

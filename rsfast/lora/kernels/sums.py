@@ -104,6 +104,7 @@ class Sums:
 
 
 AT_ONCE = Sums()
+CAPTURED: list[tuple[Tensor, Tensor]] = []
 
 
 class Sum(NamedTuple):
@@ -126,6 +127,8 @@ def aligned(numbers: int) -> int:
 def add_up_all(parts: Tensor, out: Tensor, sums: tuple[Sum, ...], last: Tensor | None) -> None:
     """All sums in one launch; ``last`` are all counts of chunks, as ``Sums.add_up`` takes them."""
     owner, table = _on_device(sums, parts.device)
+    if parts.is_cuda and torch.cuda.is_current_stream_capturing():
+        CAPTURED.append((owner, table))  # a graph reads them after others have taken their places in the cache
     reduce_all_kernel[(len(owner),)](
         parts, out, owner, table, last,
         SEVERAL=last is not None, ALIGN=ALIGN, CHUNKS=CHUNKS, ELEMENTS=ELEMENTS, num_warps=4,
