@@ -147,7 +147,7 @@ def test_no_second_derivative_and_no_forward_mode(op):
     (dx,) = torch.autograd.grad(call(op, "fused", **{first: x}).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative: take impl='reference'"):
         dx.sum().backward()
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative: take impl='reference'"):
+    with pytest.raises(NotImplementedError, match="torch.func is active"):
         torch.func.jvp(lambda t: call(op, "fused", **{first: t}), (x.detach(),), (x.detach(),))
 
 
