@@ -73,7 +73,9 @@ def why_not_triton(tensor: Tensor) -> list[str]:
         return ["Triton is not installed"]
     if not (tensor.is_cuda or INTERPRET):
         return [f"the input is on {tensor.device}, not on a GPU"]
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # forward mode is refused by the operations
+        return []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return ["a transform of torch.func is active, which kernels do not take part in"]
     return []
 

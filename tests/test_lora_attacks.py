@@ -11,7 +11,7 @@ import rsfast
 import rsfast.models
 from tests.cases import BF16, FP32
 
-launch, plan = (pytest.importorskip(f"rsfast.lora.kernels.{name}") for name in ("launch", "plan"))
+launch, plan, shrink = (pytest.importorskip(f"rsfast.lora.kernels.{name}") for name in ("launch", "plan", "shrink"))
 
 
 def bank(device, **options):
@@ -104,6 +104,18 @@ def test_transforms_of_torch_func_take_the_reference(device):
     for transformed in (torch.vmap(layer), torch.func.grad(lambda x: layer(x).sum())):
         with pytest.raises(NotImplementedError, match=r"a transform of torch\.func is active"):
             transformed(x)
+
+
+@pytest.mark.parametrize("sm, room", ((80, 163), (86, 99), (89, 99), (90, 227), (120, 99)))
+@pytest.mark.parametrize("dtype", (FP32, BF16))
+def test_down_to_any_rank_fits_into_shared_memory(monkeypatch, sm, room, dtype):
+    """What the loop holds at once, and what dropout's bits take when they are spread; every path needs this kernel."""
+    monkeypatch.setattr(shrink, "capability", lambda device: sm)
+    for ranks in (1, 24, 48, 64, 96, 192, 3 * 256):
+        x = torch.empty(4096, 1024, dtype=dtype, device="meta")
+        block_m, block_k, block_r, stages = shrink.tiling(x, ranks, False)
+        held = stages * (block_m + block_r) * block_k * dtype.itemsize
+        assert held + 2 * block_m * block_k <= room * 1024, (ranks, block_k, block_r, stages)
 
 
 @pytest.mark.parametrize(

@@ -34,16 +34,16 @@ class _Adapted(nn.Linear):
         self.train(base.training)
 
     def _make_factors(self, *adapters: int) -> None:
-        """What comes last: the base is frozen when nothing can be refused any more."""
+        """Last of all: what is refused leaves the base as it was."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
         parts = 1 if self.slices is None else len(self.slices)
         outputs = self.out_features if self.slices is None else sum(end - start for start, end in self.slices)
         like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(*adapters, parts * self.r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(*adapters, outputs, self.r, **like))
         self.reset_lora()
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
 
     def reset_lora(self) -> None:
         """Start again: ``lora_A`` as PEFT draws it, ``lora_B`` zero, so that the layer computes what its base does."""

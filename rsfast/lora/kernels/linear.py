@@ -7,7 +7,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rsfast._dispatch import capability
 from rsfast._tiles import cast, cdiv, dot, multiprocessors, operand, pad, pieces, place
-from rsfast.lora.kernels.plan import Batch, Choice, Slices
+from rsfast.lora.kernels.plan import Batch, Choice, Slices, roomy
 from rsfast.lora.kernels.tiles import add_low_rank, load_kept
 
 
@@ -106,7 +106,8 @@ def linear(
     blocks = dict(x=[block_m, block_k], w=[block_n, block_k] if transposed else [block_k, block_n])
     blocks["y"] = [block_m, block_n // pieces]
     operands = dict(x=x, w=weight, y=y)
-    tma = capability(x.device) >= 90 and all(map(_described, operands.values()))
+    sm = capability(x.device)
+    tma = sm >= 90 and roomy(sm) and all(map(_described, operands.values()))
     if tma:
         operands = {
             name: TensorDescriptor(t, list(t.shape), list(t.stride()), blocks[name]) for name, t in operands.items()

@@ -156,6 +156,11 @@ def _tiles(dtype: torch.dtype) -> list[dict]:
     ]
 
 
+def roomy(sm: int) -> bool:
+    """Whether a program may have 163 KB of shared memory or more; GPUs of workstations and notebooks have 99."""
+    return sm in (80, 90, 100, 103)
+
+
 def insisted(stage: str, facts: Facts, sm: int) -> Choice:
     """What ``impl="fused"`` runs where no table speaks: our kernels, by estimates that nobody has measured."""
     if stage in ("low", "factor"):
@@ -164,7 +169,7 @@ def insisted(stage: str, facts: Facts, sm: int) -> Choice:
     inside = [choice for choice in arms if choice.arm == "inside"]
     if inside and facts.outputs <= 1024 and facts.rank <= 16:  # where one more read of x costs more than more columns
         arms = inside
-    wide = sm >= 90 and facts.outputs > 512 and facts.dtype != torch.float32
+    wide = sm >= 90 and roomy(sm) and facts.outputs > 512 and facts.dtype != torch.float32
     return arms[0] if wide or len(arms) == 1 else arms[1]
 
 

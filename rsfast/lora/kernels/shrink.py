@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rsfast._dispatch import capability
 from rsfast._tiles import cast, cdiv, dot, pad
-from rsfast.lora.kernels.plan import Batch
+from rsfast.lora.kernels.plan import Batch, roomy
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import draw_kept, rows_of, spread
 from rsfast.lora.reference import LEVELS, ROUNDS, levels
@@ -53,6 +54,14 @@ def shrink_kernel(
              mask=in_rows[:, None] & (j[None, :] < room))  # fmt: skip
 
 
+def tiling(x: Tensor, columns: int, several: bool) -> tuple[int, int, int, int]:
+    """The three blocks of a program that writes ``columns`` of s, and the stages of its loop."""
+    block_r = min(pad(columns), 128)
+    block_m = 64 if len(x) >= 1024 or several else 16
+    block_k = min((128 if x.element_size() == 2 else 64) // (2 if block_r > 64 else 1), pad(x.shape[1]))
+    return block_m, block_k, block_r, 3 if block_r <= 32 or roomy(capability(x.device)) else 2
+
+
 def shrink(
     x: Tensor, factor: Tensor, scale: float, batch: Batch, *, dropout_p: float = 0.0, seed: Tensor | None = None,
     buffer: Tensor | None = None, out: Tensor | None = None,
@@ -75,8 +84,7 @@ def shrink(
         out = x.new_empty(rows, ranks)
     if not rows:
         return out[:, :ranks], bits
-    block_r = min(pad(out.shape[1]), 128)
-    block_m = 64 if rows >= 1024 or batch.several else 16
+    block_m, block_k, block_r, stages = tiling(x, out.shape[1], batch.several)
     programs = len(batch.fine) * (FINE // block_m) if batch.several else cdiv(rows, block_m)
     shrink_kernel[programs, cdiv(out.shape[1], block_r)](
         x, factor, out, buffer, bits, seed, batch.scales, batch.fine, batch.order,
@@ -84,7 +92,7 @@ def shrink(
         factor.stride(-1), out.stride(0), scale * (LEVELS / (LEVELS - levels(dropout_p)) if dropout_p else 1.0),
         levels(dropout_p) if dropout_p else 0,
         SEVERAL=batch.several, COPY=buffer is not None, DROPOUT=bool(dropout_p), ROUNDS=ROUNDS, CHUNK=FINE,
-        BLOCK_M=block_m, BLOCK_K=min(128, pad(width)) if x.element_size() == 2 else min(64, pad(width)),
-        BLOCK_R=block_r, num_warps=8 if block_r > 32 and block_m > 16 else 4, num_stages=3,
+        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r,
+        num_warps=8 if block_r > 32 and block_m > 16 else 4, num_stages=stages,
     )  # fmt: skip
     return out[:, :ranks], bits
