@@ -119,9 +119,9 @@ def test_what_has_no_derivative_says_so(name):
     with pytest.raises(NotImplementedError, match="no second derivative: take impl='reference'"):
         grad.norm().backward()
     image, text = image.detach(), text.detach()
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative: take impl='reference'"):
-        with torch.autograd.forward_ad.dual_level():
-            LOSSES[name](torch.autograd.forward_ad.make_dual(image, text), text, impl="fused")
+    refused = pytest.raises(NotImplementedError, match="no forward-mode derivative: take impl='reference'")
+    with refused, torch.autograd.forward_ad.dual_level():
+        LOSSES[name](torch.autograd.forward_ad.make_dual(image, text), text, impl="fused")
     with pytest.raises(NotImplementedError, match="torch.func is active"):
         torch.func.jvp(lambda v: LOSSES[name](v, text, impl="fused"), (image,), (text,))
     with pytest.raises(NotImplementedError, match="torch.func is active"):
