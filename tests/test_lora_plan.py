@@ -153,3 +153,20 @@ def test_an_expansion_of_several_blocks(device):
     )
     s, B, base = s.to(device), B.to(device), base.to(device)
     assert torch.equal(rsfast.lora_expand(s, B, base, impl="fused"), base + s @ B.T)
+
+
+def test_the_user_s_table_goes_before_the_library_s(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "TABLES", tmp_path / "shipped")
+    mine, shipped = plan.user_table("A GPU"), plan.TABLES / plan.file_name("A GPU")
+    assert plan.table_path("A GPU") is None
+    for path in (shipped, mine):  # the later one goes before
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        assert plan.table_path("A GPU") == path
+
+
+def test_a_single_token_has_no_axis_for_an_id():
+    x, A, B = torch.ones(4), torch.ones(1, 2, 4), torch.ones(1, 4, 2)
+    with pytest.raises(ValueError, match="adapter_ids must be"):
+        rsfast.batched_lora_linear(x, torch.eye(4), None, A, B, torch.ones(1), torch.tensor(0))

@@ -97,3 +97,10 @@ def test_checkpointing_recomputes_with_the_same_sources():
         model.encode_image(images).square().sum().backward()
         grads.append([p.grad.clone() for p in model.visual.parameters() if p.grad is not None])
     assert len(grads[0]) >= 12 and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("approximate, function", [("none", "gelu"), ("tanh", "gelu_tanh")])
+def test_a_gelu_says_which_one_it_is(approximate, function):
+    model = torch.nn.Sequential(torch.nn.GELU(approximate), torch.nn.Linear(8, 8))
+    rsfast.models.add_lora(model, r=2, targets=("1",))
+    assert rsfast.Source.of(model[0](torch.randn(3, 8))).function == function
