@@ -78,11 +78,7 @@ def lora_linear(
         >>> rsfast.lora_linear(x, W, None, A, B, 0.5)[0]
         tensor([2.5000, 2.5000, 2.5000])
     """
-    check_linear(x, weight, bias)
-    check_factor(x, "lora_A", lora_A, 2, "(r, K)")
-    check_factor(x, "lora_B", lora_B, 2, "(N, r)")
-    slices = check_slices(slices, len(weight))
-    check_ranks(lora_A, lora_B, slices, x.shape[-1], len(weight))
+    slices = _check_layer(x, weight, bias, lora_A, lora_B, slices)
     if isinstance(scaling, Tensor):
         raise ValueError(f"scaling must be a number, got a tensor of shape {tuple(scaling.shape)}")
     if source is not None:
@@ -155,11 +151,7 @@ def batched_lora_linear(
                 [ 1.,  1.],
                 [ 3.,  3.]])
     """
-    check_linear(x, weight, bias)
-    check_factor(x, "lora_A", lora_A, 3, "(G, r, K)")
-    check_factor(x, "lora_B", lora_B, 3, "(G, N, r)")
-    slices = check_slices(slices, len(weight))
-    check_ranks(lora_A, lora_B, slices, x.shape[-1], len(weight))
+    slices = _check_layer(x, weight, bias, lora_A, lora_B, slices, "G, ")
     check_scaling(x, scaling, len(lora_A))
     batch, repeats = batch_of(x, adapter_ids, len(lora_A))
     if source is not None:
@@ -177,6 +169,24 @@ def batched_lora_linear(
     return reference.batched_lora_linear(
         x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling.to(dtype), batch.ids, dropout_p, seed, slices
     )
+
+
+def _check_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    slices: Slices | None,
+    axis: str = "",
+) -> Slices | None:
+    """The slices, once the layer and its factors, with an ``axis`` of adapters or without, fit together."""
+    check_linear(x, weight, bias)
+    check_factor(x, "lora_A", lora_A, 3 if axis else 2, f"({axis}r, K)")
+    check_factor(x, "lora_B", lora_B, 3 if axis else 2, f"({axis}N, r)")
+    slices = check_slices(slices, len(weight))
+    check_ranks(lora_A, lora_B, slices, x.shape[-1], len(weight))
+    return slices
 
 
 def batch_of(x: Tensor, adapter_ids: Tensor | AdapterBatch, adapters: int) -> tuple[AdapterBatch, int]:

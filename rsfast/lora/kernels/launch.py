@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rsfast._tiles import cdiv
 from rsfast.lora.kernels.expand import expand
 from rsfast.lora.kernels.linear import linear
 from rsfast.lora.kernels.once import MAX_RANK, once
@@ -35,15 +36,16 @@ def fwd(x, weight, bias, lora_A, lora_B, scale, scales, tables, slices, dropout_
     batch, slices = batch_of(tables, scales), tuple(slices)
     facts = facts_of(x, x.dtype, weight, lora_A, lora_B, slices, dropout_p)
     choice = choose("forward", facts, x.device, insist)
-    s, bits = x.new_empty(len(x), lora_A.shape[-2]), x.new_empty(len(x), 0, dtype=torch.uint8)
+    bits = x.new_empty(len(x), 0, dtype=torch.uint8)
     if choice.arm == "inside":
+        s = x.new_empty(len(x), len(lora_A))
         y = linear(x, weight, bias, s, lora_B, batch, choice, transposed=True, down=lora_A, scale=scale)
     elif choice.arm == "augmented":
         y, s, bits = _augmented_fwd(x, weight, bias, lora_A, lora_B, scale, batch, slices, dropout_p, seed)
     elif choice.arm == "composed" and not (batch.several or dropout_p):
         y, s = _composed_fwd(x, weight, bias, lora_A, lora_B, scale, slices)
     else:
-        s, bits = shrink(x, lora_A, scale, batch, dropout_p=dropout_p, seed=seed, out=s)
+        s, bits = shrink(x, lora_A, scale, batch, dropout_p=dropout_p, seed=seed)
         if choice.arm == "composed":
             y = torch.nn.functional.linear(x, weight, bias)
             expand(y, y, s, lora_B, batch, slices=slices)
@@ -65,9 +67,9 @@ def _composed_fwd(x, weight, bias, lora_A, lora_B, scale, slices):
 
 
 def _augmented_fwd(x, weight, bias, lora_A, lora_B, scale, batch, slices, dropout_p, seed):
-    """[x | s] [W | B]^T, one product of cuBLAS; rows stay multiples of 16 bytes."""
+    """[x | s] [W | B]^T, one product of cuBLAS."""
     (rows, width), ranks, rank = x.shape, len(lora_A), lora_B.shape[1]
-    room = -(-ranks // 8) * 8
+    room = _room(ranks)
     both = x.new_empty(rows, width + room)
     s, bits = shrink(x, lora_A, scale, batch, dropout_p=dropout_p, seed=seed, buffer=both)
     wide = torch.cat([weight, weight.new_zeros(len(weight), room)], 1)
@@ -96,7 +98,7 @@ def bwd(
         dgrad = choose("dgrad", facts, x.device, insist)
         buffer = None
         if need_x and dgrad.arm == "augmented":
-            buffer = dy.new_empty(len(x), len(weight) + -(-len(lora_A) // 8) * 8)
+            buffer = dy.new_empty(len(x), len(weight) + _room(len(lora_A)))
         low = choose("low", facts, x.device, insist).arm
         ds, dB = low_stage(dy, lora_B, s, scale, batch, slices, low, need_B, buffer, sums_B)
         if need_x:
@@ -168,6 +170,11 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == dtype or dtype != torch.float32:  # cuBLAS writes the operands' dtype, or fp32
         return (a @ b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
+def _room(ranks: int) -> int:
+    """Columns for s beside x or dy, so that rows stay multiples of 16 bytes."""
+    return cdiv(ranks, 8) * 8
 
 
 def _scaled(a, b, scale):

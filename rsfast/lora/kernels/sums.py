@@ -121,7 +121,7 @@ class Sum(NamedTuple):
 
 
 def aligned(numbers: int) -> int:
-    return -(-numbers // ALIGN) * ALIGN
+    return cdiv(numbers, ALIGN) * ALIGN
 
 
 def add_up_all(parts: Tensor, out: Tensor, sums: tuple[Sum, ...], last: Tensor | None) -> None:
