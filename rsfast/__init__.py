@@ -1,6 +1,7 @@
 """Fused kernels for adapting vision-language models to remote sensing."""
 
 from rsfast.adapter import GatedAdapter, SharedAdapter, SharedWeights, gated_adapter
+from rsfast.kmeans import kmeans_assign, kmeans_distances, kmeans_step, kmeans_update
 from rsfast.lora import (
     AdapterBatch,
     BatchedLoRALinear,
@@ -50,6 +51,10 @@ __all__ = [
     "contrastive_loss",
     "gated_adapter",
     "harma_loss",
+    "kmeans_assign",
+    "kmeans_distances",
+    "kmeans_step",
+    "kmeans_update",
     "lora_expand",
     "lora_linear",
     "lora_shrink",

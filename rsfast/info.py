@@ -28,6 +28,10 @@ PROBES = {  # a shape that the recipes use, for each operation with a choice of 
     "batched_lora_linear": (12800, 768),
     "lora_shrink": (12800, 768),
     "lora_expand": (12800, 16),
+    "kmeans_assign": (98304, 1280),
+    "kmeans_update": (98304, 1280),
+    "kmeans_step": (98304, 1280),
+    "kmeans_distances": (98304, 1280),
 }
 
 

@@ -1,0 +1,174 @@
+"""What k-means computes, in plain PyTorch: a few rows at a time, so that nothing as large as the data is made."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    """Nearest centre of every row, and how far it is."""
+
+    labels: Tensor  # (N,) int64
+    distances: Tensor  # (N,) squared
+
+
+class Update(NamedTuple):
+    """What the rows of every label add up to."""
+
+    sums: Tensor  # (K, D)
+    counts: Tensor  # (K,) float64
+
+
+class Step(NamedTuple):
+    """One pass over the data: labels for the centres given, and the sums that make the next ones."""
+
+    labels: Tensor  # (N,) int64
+    sums: Tensor  # (K, D)
+    counts: Tensor  # (K,) float64
+    inertia: Tensor  # () float64
+
+
+def kmeans_assign(x: Tensor, centers: Tensor, subsidies: Tensor | None = None, exact: bool = True) -> Assignment:
+    """``argmin_k ||x_i - c_k||^2 - s_k`` and ``||x_i - c||^2`` of the centre found."""
+    nearest, parts = _Nearest(x, centers, subsidies, exact), []
+    for rows in _chunks(x, centers):
+        labels, _ = nearest(rows)
+        parts.append((labels, (rows - centers.to(rows)[labels]).square().sum(1)))
+    labels, distances = _joined(parts, x)
+    return Assignment(labels, distances)
+
+
+def kmeans_update(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None = None) -> Update:
+    """``sum_i [l_i = k] w_i x_i`` and ``sum_i [l_i = k] w_i``."""
+    sums = _Sums(x, n_clusters)
+    for start, rows in _numbered(_chunks(x, x[:n_clusters])):
+        ours = slice(start, start + len(rows))
+        sums.add(rows, labels[ours], None if weights is None else weights[ours])
+    return Update(sums.sums.to(_result(x)), sums.counts)
+
+
+def kmeans_step(
+    x: Tensor, centers: Tensor, weights: Tensor | None = None, subsidies: Tensor | None = None, exact: bool = True
+) -> Step:
+    """Both in one pass; ``inertia = sum_i w_i ||x_i||^2 - 2 sum_k c_k . sums_k + sum_k counts_k ||c_k||^2``."""
+    nearest, sums, parts = _Nearest(x, centers, subsidies, exact), _Sums(x, len(centers)), []
+    energy = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start, rows in _numbered(_chunks(x, centers)):
+        w = None if weights is None else weights[start : start + len(rows)]
+        labels, norms = nearest(rows)
+        sums.add(rows, labels, w)
+        squares = norms.square().double()
+        energy += squares.sum() if w is None else squares @ w.double()
+        parts.append((labels, norms))
+    labels, _ = _joined(parts, x)
+    c = centers.double()
+    inertia = energy - 2 * (c * sums.sums.double()).sum() + sums.counts @ c.square().sum(1)
+    return Step(labels, sums.sums.to(_result(x)), sums.counts, inertia.clamp(min=0))
+
+
+def kmeans_distances(x: Tensor, centers: Tensor) -> Tensor:
+    """``||x_i - c_k||^2`` about the mean centre, which keeps what a common offset would round away."""
+    middle, parts = centers.double().mean(0), []
+    offsets = centers.double() - middle
+    for rows in _chunks(x, centers):
+        near, c = rows - middle.to(rows), offsets.to(rows)
+        squares = near.square().sum(1, keepdim=True) + c.square().sum(1)
+        parts.append(torch.addmm(squares, near, c.T, alpha=-2).clamp(min=0).to(_result(x)))
+    return torch.cat(parts) if parts else x.new_empty((0, len(centers)), dtype=_result(x))
+
+
+def direct_scores(x: Tensor, centers: Tensor, subsidies: Tensor) -> Tensor:
+    """``||x_i - c_k||^2 - s_k`` as it is written, (N, K): the same centre twice gives the same number twice."""
+    rows = max(1, 2**22 // max(centers.numel(), 1))
+    return torch.cat([(part[:, None] - centers).square().sum(-1) - subsidies for part in x.split(rows)])
+
+
+class _Nearest:
+    """Finds the centre of each row in the rows' own precision, and in float64 where that leaves a doubt."""
+
+    def __init__(self, x, centers, subsidies, exact):
+        dtype = _working(x)
+        self.centers = centers.double()
+        self.subsidies = self.centers.new_zeros(len(centers)) if subsidies is None else subsidies.double()
+        offsets = self.centers - self.centers.mean(0)  # a term common to all centres changes no argmin
+        squares = self.centers.square().sum(1)
+        bias = squares - squares.min() - self.subsidies
+        self.factors, self.bias = offsets.T.to(dtype), bias.to(dtype)
+        # |error| of one score, at most: its sum has D products, and bias is rounded once
+        unit = torch.finfo(dtype).eps
+        self.by_norm = 2 * unit * (centers.shape[1] + 2) * offsets.norm(dim=1).max().to(dtype)
+        self.always = 2 * unit * bias.abs().max().to(dtype)
+        self.exact = exact
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels of a chunk, and the norms of its rows."""
+        scores = torch.addmm(self.bias, rows, self.factors, alpha=-2)
+        best, labels = scores.min(1)
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        if self.exact:
+            slack = 2 * (self.by_norm * norms + self.always)
+            doubtful = ((scores <= (best + slack)[:, None]).sum(1) != 1).nonzero()[:, 0]
+            if len(doubtful):
+                labels[doubtful] = self._certain(rows[doubtful].double())
+        return labels, norms
+
+    def _certain(self, rows: Tensor) -> Tensor:
+        scores = torch.addmm(self.centers.square().sum(1) - self.subsidies, rows, self.centers.T, alpha=-2)
+        best, labels = scores.min(1)
+        size = rows.norm(dim=1) * self.centers.norm(dim=1).max() + self.centers.square().sum(1).max()
+        slack = 8 * torch.finfo(rows.dtype).eps * (rows.shape[1] + 2) * size + self.subsidies.abs().max() * 1e-15
+        tied = ((scores <= (best + slack)[:, None]).sum(1) != 1).nonzero()[:, 0]
+        if len(tied):
+            labels[tied] = direct_scores(rows[tied], self.centers, self.subsidies).argmin(1)
+        return labels
+
+
+class _Sums:
+    """Sums by label as a product with the labels' indicators: one order of addition, whatever the device."""
+
+    def __init__(self, x, n_clusters):
+        self.classes = torch.arange(n_clusters, device=x.device)
+        self.sums = torch.zeros(n_clusters, x.shape[1], dtype=_working(x), device=x.device)
+        self.counts = torch.zeros(n_clusters, dtype=torch.float64, device=x.device)
+
+    def add(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        members = (labels[:, None] == self.classes).to(rows)
+        if weights is None:
+            self.counts += members.sum(0).double()
+        else:
+            self.counts += weights.double() @ members.double()
+            members *= weights.to(rows)[:, None]
+        self.sums.addmm_(members.T, rows)
+
+
+def _working(x: Tensor) -> torch.dtype:
+    """float32, unless products of float32 are set to be rounded further."""
+    plain = torch.get_float32_matmul_precision() == "highest"
+    return torch.float32 if x.dtype != torch.float64 and plain else torch.float64
+
+
+def _result(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
+    """Rows in the working precision, as many as a cache holds (a GPU's memory, generously)."""
+    many = 2**26 if x.is_cuda else 2**20
+    rows = max(64, many // max(x.shape[1], len(centers), 1))
+    return (part.to(_working(x)) for part in x.split(rows) if len(part))
+
+
+def _numbered(chunks: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    start = 0
+    for rows in chunks:
+        yield start, rows
+        start += len(rows)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+    if not parts:
+        return x.new_zeros(0, dtype=torch.long), x.new_zeros(0, dtype=_result(x))
+    labels, numbers = zip(*parts, strict=True)
+    return torch.cat(labels), torch.cat(numbers).to(_result(x))
