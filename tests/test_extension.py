@@ -3,6 +3,7 @@
 import concurrent.futures
 import ctypes
 import importlib.util
+import os
 import pathlib
 import runpy
 import shutil
@@ -54,6 +55,7 @@ def toy(tmp_path, monkeypatch):
     shutil.copy(ROOT / "csrc" / "common" / "library.cu", csrc)
     (csrc / "toy.cu").write_text(TOY)
     (csrc / "emulation" / "cuda_on_host.h").write_text("#pragma once\n#define ONE 1\n")
+    (csrc / "emulation" / "fibres.cpp").write_text("extern const int only_for_the_host = ONE;\n")
     monkeypatch.setattr(_sources, "CSRC", csrc)
     monkeypatch.setattr(_extension, "INTERPRET", True)
     monkeypatch.setattr(_extension, "PREBUILT", tmp_path / "_cuda.abi3.so")
@@ -258,13 +260,21 @@ def test_a_library_that_does_not_fit_is_built_again_or_explained(gpu, monkeypatc
 @needs_nvcc
 def test_the_first_use_builds_for_the_gpu_at_hand(gpu, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")  # what others are built for
+    programs = tmp_path / "environment"
+    programs.mkdir()
+    (programs / "ninja").symlink_to(shutil.which("ninja", path=_extension._path()))
+    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")  # what PATH has is not the environment's
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
     reason = "no NVIDIA driver, or one older than the CUDA runtime of the library"
     key = _extension._key  # a build that was killed leaves PyTorch's lock behind
     monkeypatch.setattr(_extension, "_key", lambda *args: locked(tmp_path, key(*args)))
     with pytest.raises(NotImplementedError, match=f"rsf_probe failed with code 35: {reason}"):
         _extension.library()
     (path,) = cached(tmp_path)
-    assert "-gencode=arch=compute_90a,code=sm_90a" in (path.parent / "build.ninja").read_text()
+    plan = (path.parent / "build.ninja").read_text()
+    assert "-gencode=arch=compute_90a,code=sm_90a" in plan and "emulation" not in plan
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["building the CUDA library, which is done once"]
     found = _extension._build("asked again")
     with pytest.raises(RuntimeError, match=f"rsf_add_one failed with code 35: {reason}"):
