@@ -34,9 +34,8 @@ int rsf_probe() {
 const char* rsf_error(int code) {
   switch (code) {
     case 0: return "no error";
-    case -1: return "an argument is out of range";
-    case -2: return "the workspace is too small";
-    case -3: return "no kernel for these sizes on this GPU";
+    case -1: return "no kernel for this shape, dtype or device";
+    case -100: return "threads wait for each other (under emulation)";
     case 35: return "no NVIDIA driver, or one older than the CUDA runtime of the library";
     case 100: return "no GPU is visible";
     case 209: return "the library was not built for this GPU";
