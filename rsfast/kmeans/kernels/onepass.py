@@ -81,7 +81,7 @@ def _launch(mode: int, x: Tensor, centers: Tensor, taken: int, **given) -> None:
     _run()(DTYPES[x.dtype], problem, workspace.data_ptr(), workspace.numel(), stream)
 
 
-def _fresh_status(x: Tensor) -> Tensor:
+def fresh_status(x: Tensor) -> Tensor:
     """No iteration yet; the two inertias of mini-batches are unknown."""
     dtype, size = STATUS
     status = torch.zeros(size, dtype=dtype, device=x.device)
@@ -92,7 +92,7 @@ def _fresh_status(x: Tensor) -> Tensor:
 def _launch_step(x, centers, subsidies, exact):
     labels = torch.full((len(x),), -1, device=x.device)
     sums = x.new_empty(centers.shape, dtype=torch.float32)
-    counts, status = x.new_empty(len(centers), dtype=torch.float64), _fresh_status(x)
+    counts, status = x.new_empty(len(centers), dtype=torch.float64), fresh_status(x)
     centers = centers.float().contiguous()
     subsidies = None if subsidies is None else subsidies.double().contiguous()
     _launch(
@@ -120,7 +120,7 @@ step = register(
 
 
 def _launch_lloyd(x, centers, labels, exact, max_iter, tol):
-    labels, status, counts = labels.clone(), _fresh_status(x), x.new_empty(len(centers), dtype=torch.float64)
+    labels, status, counts = labels.clone(), fresh_status(x), x.new_empty(len(centers), dtype=torch.float64)
     centers = centers.to(torch.float32, copy=True).contiguous()
     _launch(
         LLOYD, x, centers, len(x), labels=labels, counts=counts, status=status, iterations=max_iter, exact=exact,
