@@ -101,6 +101,7 @@ def test_the_emulation_is_built_once_and_called(toy, tmp_path, monkeypatch):
     notes = counting_compiler(tmp_path, monkeypatch)
     assert _extension.missing() == [] and not cached(tmp_path), "missing() has built something"
     x = torch.zeros(3)
+    assert _extension.ready()
     _extension.function(*ADD_ONE)(x.data_ptr(), 3, None)
     assert x.tolist() == [1, 1, 1]
     first = notes.read_text()
@@ -164,6 +165,7 @@ def test_sources_that_do_not_compile_are_a_reason_and_tried_once(toy, tmp_path, 
     for _ in range(2):
         with pytest.raises(NotImplementedError, match="(?s)building it failed.*toy.cu:1:1: error"):
             _extension.library()
+        assert not _extension.ready()
     assert len(notes.read_text().split()) == len(_sources.units(emulated=True))
     assert "toy.cu:1:1: error" in _extension.missing()[0] and not cached(tmp_path)
 
@@ -277,11 +279,12 @@ def test_the_first_use_builds_for_the_gpu_at_hand(gpu, tmp_path, monkeypatch, ca
     (path,) = cached(tmp_path)
     plan = (path.parent / "build.ninja").read_text()
     assert "-gencode=arch=compute_90a,code=sm_90a" in plan and "emulation" not in plan
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["building the CUDA library, which is done once"]
+    said = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert said == ["building the CUDA library, which is done once", "the CUDA library is not used"]
     found = _extension._build("asked again")
     with pytest.raises(RuntimeError, match=f"rsf_add_one failed with code 35: {reason}"):
         _extension.bind(found, *ADD_ONE)(None, 1, None)
-    assert len(caplog.records) == 1, "what is in the cache was built again"
+    assert len(caplog.records) == 2, "what is in the cache was built again"
 
 
 def locked(tmp_path, name):
