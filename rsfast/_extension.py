@@ -52,9 +52,9 @@ def missing(device: torch.device | None = None) -> list[str]:
 
 
 def ready(device: torch.device | None = None) -> bool:
-    """Whether the library can be called on ``device``. At the first use this builds it; a failure is logged, not raised.
+    """Whether the library can be called on ``device``, for a choice that has another way to go.
 
-    For a choice that has another way to go; then :func:`missing` gives the failure as its reason.
+    The first use builds it; a failure is logged, not raised, and is what :func:`missing` says from then on.
     """
     return not missing(device) and not isinstance(_load(), str)
 
