@@ -11,7 +11,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rsfast._tiles import cast, cdiv
 
 STEP = 128  # the parts of the centres are padded to this, so that no kernel has to look where they end
-BLOCK = 256
 SIZE = tl.constexpr(6)  # scaled, the largest number of all centres lies just below 2^(SIZE + 1): fp16 ends at 2^16
 
 
@@ -24,55 +23,57 @@ def _root(x):
 @triton.jit
 def centers_kernel(
     centers_ptr, middle_ptr, largest_ptr, subsidies_ptr, high_ptr, low_ptr, bias_ptr, sizes_ptr, scale_ptr,
-    width, padded, centers, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+    width, padded, centers, CENTRED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """c' of one centre in two parts, its biases (with one part and with both), and what bounds its scores' errors.
+    """c' of a few centres in two parts, their biases (with one part and with both), and what bounds the scores' errors.
 
     Of 16-bit rows, ``x . r`` of what the parts r leave out is ``(x - m) . r + m . r``, and the bias has the second term.
     """
-    k = tl.program_id(0)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside, at = k < centers, k[:, None].to(tl.int64)
     largest = tl.load(largest_ptr)
     exponent = ((largest.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
     exponent = tl.minimum(tl.maximum(SIZE - exponent, -100), 100)
     exponent = tl.where(largest > 0, exponent, 0)
     scale = ((1023 + exponent) << 52).to(tl.float64, bitcast=True)
     inverse = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
-    nothing = tl.full([], 0.0, tl.float64)
-    squares, left1, left2, with1, with2 = nothing, nothing, nothing, nothing, nothing
-    for first in tl.range(0, padded, BLOCK):
-        d = first + tl.arange(0, BLOCK)
-        c = tl.load(centers_ptr + k.to(tl.int64) * width + d, mask=d < width, other=0.0).to(tl.float64)
-        middle = tl.load(middle_ptr + d, mask=d < padded, other=0.0).to(tl.float64)
+    squares = tl.zeros([BLOCK_K], tl.float64)
+    left1, left2, with1, with2 = squares, squares, squares, squares
+    for first in tl.range(0, padded, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (d < width)[None, :]
+        c = tl.load(centers_ptr + at * width + d[None, :], mask=mask, other=0.0).to(tl.float64)
+        middle = tl.load(middle_ptr + d, mask=d < padded, other=0.0).to(tl.float64)[None, :]
         c = (c - middle) * scale
         high = cast(c.to(tl.float32), high_ptr.dtype.element_ty)
         rest = c - high.to(tl.float32).to(tl.float64)
         low = cast(rest.to(tl.float32), low_ptr.dtype.element_ty)
-        tl.store(high_ptr + k.to(tl.int64) * padded + d, high, mask=d < padded)
-        tl.store(low_ptr + k.to(tl.int64) * padded + d, low, mask=d < padded)
+        mask = inside[:, None] & (d < padded)[None, :]
+        tl.store(high_ptr + at * padded + d[None, :], high, mask=mask)
+        tl.store(low_ptr + at * padded + d[None, :], low, mask=mask)
         least = rest - low.to(tl.float32).to(tl.float64)
-        squares += tl.sum(c * c, 0)
-        left1 += tl.sum(rest * rest, 0)
-        left2 += tl.sum(least * least, 0)
+        squares += tl.sum(c * c, 1)
+        left1 += tl.sum(rest * rest, 1)
+        left2 += tl.sum(least * least, 1)
         if not CENTRED:
-            with1 += tl.sum(middle * (c - rest), 0)
-            with2 += tl.sum(middle * (c - least), 0)
-    subsidy = nothing
+            with1 += tl.sum(middle * (c - rest), 1)
+            with2 += tl.sum(middle * (c - least), 1)
+    subsidy = tl.zeros([BLOCK_K], tl.float64)
     if subsidies_ptr is not None:
-        subsidy += tl.load(subsidies_ptr + k).to(tl.float64)
+        subsidy += tl.load(subsidies_ptr + k, mask=inside, other=0.0).to(tl.float64)
     if CENTRED:
         bias1 = squares - subsidy * scale * scale
         bias2 = bias1
     else:
         rest = squares * inverse - subsidy * scale
         bias1, bias2 = 2 * with1 + rest, 2 * with2 + rest
-    tl.store(bias_ptr + k, bias1.to(tl.float32))
-    tl.store(bias_ptr + centers + k, bias2.to(tl.float32))
-    size = tl.maximum(tl.abs(bias1), tl.abs(bias2))
-    tl.store(sizes_ptr + k, _root(squares))
-    tl.store(sizes_ptr + centers + k, _root(left1))
-    tl.store(sizes_ptr + 2 * centers + k, _root(left2))
-    tl.store(sizes_ptr + 3 * centers + k, size)
-    if k == 0:
+    tl.store(bias_ptr + k, bias1.to(tl.float32), mask=inside)
+    tl.store(bias_ptr + centers + k, bias2.to(tl.float32), mask=inside)
+    tl.store(sizes_ptr + k, _root(squares), mask=inside)
+    tl.store(sizes_ptr + centers + k, _root(left1), mask=inside)
+    tl.store(sizes_ptr + 2 * centers + k, _root(left2), mask=inside)
+    tl.store(sizes_ptr + 3 * centers + k, tl.maximum(tl.abs(bias1), tl.abs(bias2)), mask=inside)
+    if tl.program_id(0) == 0:
         tl.store(scale_ptr, scale.to(tl.float32))
 
 
@@ -166,9 +167,10 @@ def prepare(x: Tensor, centers: Tensor, subsidies: Tensor | None, step_few: int)
     sizes = x.new_empty(4, K, dtype=torch.float64)
     limits = x.new_empty(4, dtype=torch.float32)
     scale = x.new_empty((), dtype=torch.float32)
-    centers_kernel[(K,)](
+    group, step = (1, 1024) if D > 1024 else (8, STEP)
+    centers_kernel[(cdiv(K, group),)](
         centers, middle, largest, subsidies, high, low, bias, sizes, scale, D, padded, K,
-        CENTRED=centred, BLOCK=BLOCK, num_warps=4,
+        CENTRED=centred, BLOCK_K=group, BLOCK_D=step, num_warps=4,
     )  # fmt: skip
     limits_kernel[(1,)](
         sizes, middle, scale, limits, K, padded, CENTRED=centred, STEP_FEW=step_few, BLOCK=1024, num_warps=4
