@@ -45,7 +45,7 @@ def few_kernel(
         tl.store(squares_ptr + r, squares, mask=inside)
     if EXACT:
         certain = second - best > 2 * error_of(squares, limits_ptr + 2)
-        put_down(inside & (not certain), r, listed_ptr, counts_ptr + 1, rows - 1, -1)
+        put_down(inside & ~certain, r, listed_ptr, counts_ptr + 1, rows - 1, -1)
     if DISTANCES:
         distances = squared_distance(x_ptr, centers_ptr, r, inside, labels, width, pitch, BLOCK_M, BLOCK_D)
         tl.store(distances_ptr + r, distances, mask=inside)
@@ -111,8 +111,8 @@ def many_kernel(
     if EXACT:
         limit = v0 + 2 * error_of(squares, limits_ptr)
         certain, few = v1 > limit, v3 > limit
-        put_down(inside & few & (not certain), r, listed_ptr, counts_ptr, 0, 1)
-        put_down(inside & (not few), r, listed_ptr, counts_ptr + 1, rows - 1, -1)
+        put_down(inside & few & ~certain, r, listed_ptr, counts_ptr, 0, 1)
+        put_down(inside & ~few, r, listed_ptr, counts_ptr + 1, rows - 1, -1)
         chosen = nearest_ptr + 3 * r
         tl.store(chosen, k0, mask=inside)
         tl.store(chosen + 1, tl.where(v1 > limit, -1, k1), mask=inside)

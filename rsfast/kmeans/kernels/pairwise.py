@@ -42,7 +42,7 @@ def distances(x: Tensor, centers: Tensor) -> Tensor:
     if not rows:
         return out
     middle = centers.mean(0, dtype=torch.float64).float()
-    offsets = (centers.double() - middle).float()
+    offsets = (centers.double() - middle).float().contiguous()
     norms = offsets.double().square().sum(1).float()
     plan = pairs_tiles(x, len(centers))
     distances_kernel[(cdiv(rows, plan.BLOCK_M) * cdiv(len(centers), plan.BLOCK_K),)](

@@ -85,7 +85,7 @@ def search_kernel(
             score = tl.where((k < centers)[None, :], bias[None, :] - 2 * acc, float("inf"))
             least = tl.minimum(least, tl.min(score, 1))
             limit = least + 2 * error_of(squares, limits_ptr + 2)
-            open_ = inside[:, None] & (k < centers)[None, :] & (not (score > limit[:, None]))
+            open_ = inside[:, None] & (k < centers)[None, :] & ~(score > limit[:, None])
             pairs = tl.where(open_, j[None, :] * BLOCK_M + i[:, None], LAST)  # of a row, low columns first
             pair = tl.min(tl.min(pairs, 1), 0)
             while pair < LAST:
