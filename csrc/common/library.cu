@@ -36,6 +36,7 @@ const char* rsf_error(int code) {
     case 0: return "no error";
     case -1: return "an argument is out of range";
     case -2: return "the workspace is too small";
+    case -4: return "not enough memory on the host";
     case -3: return "no kernel for these sizes on this GPU";
     case 35: return "no NVIDIA driver, or one older than the CUDA runtime of the library";
     case 100: return "no GPU is visible";

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t FAR = int64_t(1) << 62;  // no arc; every real distance is below
-enum Status { DONE = 0, RAN_OUT = 1, BAD_ARGUMENT = -1, NO_MEMORY = -2 };
+constexpr int BAD_ARGUMENT = -1, NO_MEMORY = -4;
 
 using Move = std::pair<int64_t, int64_t>;  // cost, row: the order of the heaps
 
@@ -47,13 +47,14 @@ class Graph {
     for (int64_t a = 0; a < hub_; ++a) refresh(a);
   }
 
-  Status solve() {
+  // Whether every size fits now; else the lists ran out.
+  bool solve() {
     while (*std::max_element(excess_.begin(), excess_.end()) > 0) {
-      if (!shortest()) return RAN_OUT;
+      if (!shortest()) return false;
       while (push()) {
       }
     }
-    return DONE;
+    return true;
   }
 
  private:
@@ -164,14 +165,14 @@ class Graph {
 
 }  // namespace
 
-extern "C" int rsf_shortest_paths(int64_t clusters, int64_t points, int64_t reach, const int64_t* lower,
-                                  const int64_t* upper, const int64_t* gaps, int64_t* counts, int64_t* subsidies,
-                                  int64_t* labels) {
+int rsf_shortest_paths(int64_t clusters, int64_t points, int64_t reach, const int64_t* lower, const int64_t* upper,
+                       const int64_t* gaps, int64_t* counts, int64_t* subsidies, int64_t* labels, int32_t* ran_out) {
   if (clusters < 1 || points < 0 || reach < 0) return BAD_ARGUMENT;
   for (int64_t row = 0; row < points; ++row)
     if (labels[row] < 0 || labels[row] >= clusters) return BAD_ARGUMENT;
   try {
-    return Graph(clusters, points, reach, lower, upper, gaps, counts, subsidies, labels).solve();
+    *ran_out = !Graph(clusters, points, reach, lower, upper, gaps, counts, subsidies, labels).solve();
+    return 0;
   } catch (const std::bad_alloc&) {  // must not cross the C boundary
     return NO_MEMORY;
   }

@@ -1,6 +1,7 @@
 """Subsidy ascent: the dual of the size constraint, all clusters at once, in plain PyTorch."""
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,15 +32,16 @@ def sizes_wanted(subsidies: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tenso
     return torch.where(subsidies < 0, upper, lower), torch.where(subsidies > 0, lower, upper)
 
 
-def climb(gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, rounds: int) -> Tensor:
-    r"""Subsidies nearer to optimal ones; all int64 on one device, ``gaps`` (K, N), the others (K,).
+def climb(gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Subsidies (K,) nearer to optimal ones, and the labels (N,) chosen under them.
+
+    All are int64 on one device, ``gaps`` (K, N), the others (K,).
 
     A round raises the subsidy of every cluster that is too small, by as much as makes the size wanted prefer it, ties
     included, and lowers that of every cluster that is too large by as much as makes the excess not prefer it. Neither
     goes past 0, where what is wanted of the cluster changes. From 0 and with lower bounds alone no subsidy ever exceeds
     the least optimal one: clusters are substitutes, so that raising one makes no other larger.
     """
-    subsidies = _of_use(subsidies, lower, upper, gaps.shape[1])
     for _ in range(rounds):
         choice = choose(gaps, subsidies)
         counts = torch.bincount(choice.labels, minlength=len(gaps))
@@ -54,12 +56,12 @@ def climb(gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, rounds:
             lowered = subsidies[k] - _nth(margin[choice.labels == k], int(counts[k] - most[k]))
             after[k] = lowered if paid[k] <= 0 else lowered.clamp(min=0)
         if after.equal(subsidies):
-            break
+            return subsidies, choice.labels
         subsidies = after
-    return subsidies
+    return subsidies, choose(gaps, subsidies).labels
 
 
-def _of_use(subsidies: Tensor, lower: Tensor, upper: Tensor, n: int) -> Tensor:
+def of_use(subsidies: Tensor, lower: Tensor, upper: Tensor, n: int) -> Tensor:
     """No subsidy where nothing is asked for, and no tax where everything is allowed."""
     subsidies = torch.where(lower > 0, subsidies, subsidies.clamp(max=0))
     return torch.where(upper < n, subsidies, subsidies.clamp(min=0))
@@ -87,6 +89,21 @@ def settle(gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, labels
     return labels
 
 
+def widths(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Tensor:
+    """How many moves cost how many bits: (64,) int64."""
+    counts = torch.zeros(64, dtype=torch.int64, device=gaps.device)
+    for slack in _slacks(gaps, subsidies, labels):
+        wide = slack.double().frexp().exponent.flatten()  # of more than 53 bits perhaps one too many, which is no harm
+        counts += torch.bincount(wide, minlength=64)
+    counts[63] = 0  # to stay is no move
+    return counts
+
+
+def near(gaps: Tensor, subsidies: Tensor, labels: Tensor, reach: int) -> Tensor:
+    """Whether a point could move for at most ``reach``: (N,) bool."""
+    return torch.cat([(slack <= min(reach, FAR - 1)).any(0) for slack in _slacks(gaps, subsidies, labels)])
+
+
 def _margin(gaps: Tensor, subsidies: Tensor, choice: Choice) -> Tensor:
     """How much more the second choice costs."""
     second = torch.empty_like(choice.best)
@@ -99,3 +116,11 @@ def _margin(gaps: Tensor, subsidies: Tensor, choice: Choice) -> Tensor:
 def _nth(values: Tensor, n: int) -> Tensor:
     """The n-th smallest; a GPU sorts, for its kthvalue is refused under deterministic algorithms."""
     return values.sort().values[n - 1] if values.is_cuda else values.kthvalue(n).values
+
+
+def _slacks(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    """What each place costs more than a point's own, subsidies counted; FAR for its own."""
+    for points in chunks(*gaps.shape):
+        scores, ours = gaps[:, points] - subsidies[:, None], labels[None, points]
+        slack = scores - scores.gather(0, ours)
+        yield slack.scatter_(0, ours, FAR)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import Impl, use_fused
-from rsfast.kmeans.constraint import ascent
+from rsfast.kmeans.constraint.ascent import of_use
 from rsfast.kmeans.constraint.bounds import Size, size_bounds
-from rsfast.kmeans.constraint.finish import finish
+from rsfast.kmeans.constraint.finish import PLAIN, Way, finish
 from rsfast.kmeans.constraint.fixed import as_gaps, spread_of
-from rsfast.kmeans.constraint.paths import shortest_paths
 from rsfast.kmeans.functional.checks import check_numbers
 
 ROUNDS = 16  # of the ascent; past these the few points that are left are moved one by one
@@ -73,7 +72,7 @@ def constrained_assign(
     _check_costs(costs)
     lower, upper = size_bounds(*costs.shape, size_min=size_min, size_max=size_max)
     check_numbers(costs, "subsidies", subsidies, costs.shape[1])
-    use_fused(impl, ["no kernel yet"])
+    way = _way(impl, costs)
     costs = costs.detach()
     labels = costs.argmin(1)
     counts, zeros = torch.bincount(labels, minlength=costs.shape[1]), costs.new_zeros(costs.shape[1]).double()
@@ -85,12 +84,11 @@ def constrained_assign(
     sizes = torch.stack(sizes)
     if ((lower <= sizes) & (sizes <= upper)).all():
         return Constrained(labels, zeros, counts)
-    gaps = as_gaps(costs, spread)
     lower, upper = lower.to(costs.device), upper.to(costs.device)
-    units = gaps.to_units(zeros if subsidies is None else subsidies)
-    units = ascent.climb(gaps.units, units, lower, upper, ROUNDS)
-    labels = ascent.choose(gaps.units, units).labels
-    labels, units = finish(gaps.units, units, lower, upper, labels, shortest_paths)
+    gaps = as_gaps(costs, spread)
+    units = of_use(gaps.to_units(zeros if subsidies is None else subsidies), lower, upper, len(costs))
+    units, labels = way.climb(gaps.units, units, lower, upper, ROUNDS)
+    labels, units = finish(gaps.units, units, lower, upper, labels, way)
     return Constrained(labels, gaps.from_units(units), torch.bincount(labels, minlength=len(lower)))
 
 
@@ -139,15 +137,24 @@ def ascend(
     lower, upper = size_bounds(*costs.shape, size_min=lower, size_max=upper)
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be an int of at least 0, got {rounds!r}")
-    use_fused(impl, ["no kernel yet"])
+    way = _way(impl, costs)
     if not len(costs):
         return subsidies.double()
     costs = costs.detach()
     spread = spread_of(costs)
     _check_finite(costs, spread)
+    lower, upper = lower.to(costs.device), upper.to(costs.device)
     gaps = as_gaps(costs, spread)
-    units = gaps.to_units(subsidies)
-    return gaps.from_units(ascent.climb(gaps.units, units, lower.to(units), upper.to(units), rounds))
+    units = of_use(gaps.to_units(subsidies), lower, upper, len(costs))
+    return gaps.from_units(way.climb(gaps.units, units, lower, upper, rounds)[0])
+
+
+def _way(impl: Impl, costs: Tensor) -> Way:
+    if not use_fused(impl, ["it is not written yet"]):
+        return PLAIN
+    from rsfast.kmeans.constraint import library
+
+    return library.WAY
 
 
 def _check_costs(costs: Tensor) -> None:

@@ -1,70 +1,56 @@
 """The exact finish of the size constraint: points near a border travel to the host, and move along shortest paths."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rsfast.kmeans.constraint.ascent import settle, sizes_wanted
-from rsfast.kmeans.constraint.fixed import FAR, chunks
+from rsfast.kmeans.constraint import ascent, paths
+from rsfast.kmeans.constraint.fixed import FAR
 
 NEAR = 1 << 14  # moves that travel to the host at first; if they run out, it is 8 times as many
 GROWTH = 8
 
 
+class Way(NamedTuple):
+    """Who computes: the functions of these names in ``ascent`` and ``paths``, or others that return the same."""
+
+    climb: Callable
+    widths: Callable
+    near: Callable
+    shortest_paths: Callable
+
+
+PLAIN = Way(ascent.climb, ascent.widths, ascent.near, paths.shortest_paths)
+
+
 def finish(
-    gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, labels: Tensor, shortest_paths: Callable
+    gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, labels: Tensor, way: Way
 ) -> tuple[Tensor, Tensor]:
-    """Optimal labels (N,) and the subsidies (K,) that prove it; ``labels`` are the choice under any subsidies."""
-    bounds, moves, width = (lower.cpu().numpy(), upper.cpu().numpy()), NEAR, -1
-    while not fits(labels, subsidies, lower, upper):
-        totals = widths(gaps, subsidies, labels).cumsum(0)
-        if width < 0 and totals[0] > moves:
-            labels = settle(gaps, subsidies, lower, upper, labels)
+    """Optimal labels (N,) and the subsidies (K,) that prove it; ``labels`` are a choice under any subsidies."""
+    bounds, moves, width, settled = (lower.cpu().numpy(), upper.cpu().numpy()), NEAR, -1, False
+    while not _fit(labels, subsidies, lower, upper):
+        totals = way.widths(gaps, subsidies, labels).cpu().cumsum(0)
+        if totals[0] > moves and not settled:
+            labels, settled = ascent.settle(gaps, subsidies, lower, upper, labels), True
+            continue
         width = max(width + 1, int((totals <= moves).sum()) - 1)
         reach = FAR if totals[width] == totals[-1] else (1 << width) - 1
-        rows = _near(gaps, subsidies, labels, reach)
-        counts = torch.bincount(labels, minlength=len(gaps)).cpu().numpy()
-        near, ours, paid = (
-            gaps[:, rows].T.cpu().contiguous().numpy(),
-            labels[rows].cpu().numpy(),
-            subsidies.cpu().numpy(),
-        )
-        done = shortest_paths(*bounds, counts, paid, near, ours, reach)
-        labels = labels.index_copy(0, rows, torch.from_numpy(ours).to(labels))
-        subsidies = torch.from_numpy(paid).to(subsidies)
+        rows = way.near(gaps, subsidies, labels, reach).nonzero()[:, 0]
+        counts = torch.bincount(labels, minlength=len(gaps))
+        here = [t.contiguous().cpu().numpy() for t in (counts, subsidies, gaps[:, rows].T, labels[rows])]
+        done = way.shortest_paths(*bounds, *here, reach)
+        _, paid, _, ours = (torch.from_numpy(each).to(gaps) for each in here)
+        subsidies, labels = paid, labels.index_copy(0, rows, ours)
         if done:
             break
         moves *= GROWTH
     return labels, subsidies
 
 
-def fits(labels: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor) -> bool:
+def _fit(labels: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor) -> bool:
     """Whether every size is one that its cluster's subsidy allows."""
     counts = torch.bincount(labels, minlength=len(lower))
-    least, most = sizes_wanted(subsidies, lower, upper)
+    least, most = ascent.sizes_wanted(subsidies, lower, upper)
     return bool(((least <= counts) & (counts <= most)).all())
-
-
-def widths(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Tensor:
-    """How many moves cost how many bits: (64,) int64 on the host."""
-    counts = torch.zeros(64, dtype=torch.int64, device=gaps.device)
-    for _, slack in _slacks(gaps, subsidies, labels):
-        wide = slack.double().frexp().exponent.flatten()  # of more than 53 bits perhaps one too many, which is no harm
-        counts += torch.bincount(wide, minlength=64)
-    counts[63] = 0  # to stay is no move
-    return counts.cpu()
-
-
-def _near(gaps: Tensor, subsidies: Tensor, labels: Tensor, reach: int) -> Tensor:
-    """Points that could move for at most ``reach``, in order."""
-    near = [(slack <= min(reach, FAR - 1)).any(0) for _, slack in _slacks(gaps, subsidies, labels)]
-    return torch.cat(near).nonzero()[:, 0]
-
-
-def _slacks(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """What each place costs more than a point's own, subsidies counted; FAR for its own."""
-    for points in chunks(*gaps.shape):
-        scores, ours = gaps[:, points] - subsidies[:, None], labels[None, points]
-        slack = scores - scores.gather(0, ours)
-        yield points, slack.scatter_(0, ours, FAR)
