@@ -3,7 +3,7 @@
 // The contract, the tie rules and the invariants are those of rsfast/kmeans/constraint/paths.py, the same in NumPy;
 // both give the same labels, counts and subsidies, bit for bit. Integers throughout, so nothing is rounded.
 
-#include "shortest_paths.h"
+#include "constraint.h"
 
 #include <algorithm>
 #include <functional>
