@@ -1,12 +1,13 @@
 // The C interface of the exact size constraint: its device's half (subsidies.cu) and its host's (shortest_paths.cpp).
-// All integers are int64; K clusters, N points. Functions return 0, a cudaError, or -1: an argument is out of range,
-// -2: the workspace is too small, -4: not enough memory on the host.
+// All integers are int64; K clusters, N points. Functions return 0, a cudaError, or one of errors.h.
 #pragma once
-#include "kmeans.h"
+#include <stdint.h>
+
+#include "../common/errors.h"
 
 // On one device: gaps (K, N); lower, upper and subsidies (K); labels (N).
 
-// Bytes of workspace for rsf_climb, or -1.
+// Bytes of workspace for rsf_climb, or RSF_OUT_OF_RANGE.
 RSF_EXPORT int64_t rsf_climb_workspace(int64_t clusters, int64_t points);
 
 // Some rounds of the ascent: changes subsidies, and writes the labels chosen under them.

@@ -66,10 +66,11 @@ struct Finish {
   __device__ static void bias(Shared& s, const Problem& p, const Workspace& w) {
     columns(s, w.norms, w.groups, s.norms);
     columns(s, w.centered, w.groups, s.numbers[1]);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < 32) {
       double least = s.norms[0], largest = 0, widest = 0;
-      for (int k = 1; k < p.clusters; ++k) least = min(least, s.norms[k]);
-      for (int k = 0; k < kClusters; ++k) {
+      for (int k = threadIdx.x; k < p.clusters; k += 32) least = min(least, s.norms[k]);
+      for (int by = 16; by; by /= 2) least = min(least, __shfl_xor_sync(~0u, least, by));
+      for (int k = threadIdx.x; k < kClusters; k += 32) {
         const double b = s.norms[k] - least - (p.subsidies && k < p.clusters ? p.subsidies[k] : 0.0);
         s.bias[k] = k < p.clusters ? float(b) : __uint_as_float(0x7f800000);
         if (k < p.clusters) {
@@ -77,11 +78,17 @@ struct Finish {
           widest = max(widest, s.numbers[1][k]);
         }
       }
+      for (int by = 16; by; by /= 2) {
+        largest = max(largest, __shfl_xor_sync(~0u, largest, by));
+        widest = max(widest, __shfl_xor_sync(~0u, widest, by));
+      }
       // sums of a warp, of warps and of blocks; tensor cores truncate, so an ulp each
       const double adds = Tile::kSteps * Kind<typename Tile::T>::kScoreProducts + Tile::kWarps + cluster_size() + 4;
       const double split = split_error<typename Tile::T>() + adds * 0x1p-22;
-      s.by_norm = float(2.001 * (split * sqrt(widest) + split_floor(Part{}) * sqrt(double(p.width))));
-      s.always = float(0x1p-21 * largest + 0x1p-100);
+      if (threadIdx.x == 0) {
+        s.by_norm = float(2.001 * (split * sqrt(widest) + split_floor(Part{}) * sqrt(double(p.width))));
+        s.always = float(0x1p-21 * largest + 0x1p-100);
+      }
     }
     __syncthreads();
   }

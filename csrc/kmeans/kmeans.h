@@ -1,12 +1,9 @@
 // The C interface of the k-means kernels. Raw pointers to memory of one device, sizes, and a stream; nothing is kept.
-// Functions return 0, a cudaError, or one of these:
+// Functions return 0, a cudaError, or a negative code of errors.h.
 #pragma once
 #include <stdint.h>
 
-#define RSF_NOT_SERVED (-1)  // no kernel for this shape, dtype or device: take another way
-#define RSF_STUCK (-100)     // under emulation: threads wait for each other
-
-#define RSF_EXPORT extern "C" __attribute__((visibility("default")))
+#include "../common/errors.h"
 
 // dtypes: 0 fp32, 1 fp16, 2 bf16.
 typedef struct {

@@ -271,7 +271,7 @@ __device__ bool mini_batch(typename Tile::Shared& s, const Problem& p, const Wor
   const double* before = w.totals + step % 2 * kClusters;
   status.seen += p.taken;
   bool due = status.seen >= 10 * int64_t(p.clusters);
-  for (int k = 0; k < p.clusters; ++k) due |= before[k] + s.count[k] == 0;
+  for (int k = 0; k < p.clusters; ++k) due |= before[k] == 0;
   if (due) status.seen = 0;
   if (threadIdx.x < kClusters) s.totals[threadIdx.x] = before[threadIdx.x] + s.count[threadIdx.x];
   __syncthreads();

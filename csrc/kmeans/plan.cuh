@@ -94,7 +94,7 @@ int64_t serve(const Call& call) {
   const Workspace w =
       carve(base, Tile::kClusters, teams, members, padded_width / kGroup, padded_width, team_rows, &bytes);
   if (!call.problem) return bytes;
-  if (bytes > call.bytes) return RSF_NOT_SERVED;
+  if (bytes > call.bytes) return RSF_WORKSPACE_TOO_SMALL;
   const RsfKMeans& given = *call.problem;
   Problem p{};
   p.x = given.x;

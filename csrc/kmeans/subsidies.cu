@@ -267,7 +267,7 @@ bool served(int64_t clusters, int64_t points) {
 using namespace rsf::subsidies;
 
 int64_t rsf_climb_workspace(int64_t clusters, int64_t points) {
-  if (!served(clusters, points)) return -1;
+  if (!served(clusters, points)) return RSF_OUT_OF_RANGE;
   int64_t bytes;
   lay_out(nullptr, clusters, points, &bytes);
   return bytes;
@@ -275,10 +275,10 @@ int64_t rsf_climb_workspace(int64_t clusters, int64_t points) {
 
 int rsf_climb(int64_t clusters, int64_t points, int64_t rounds, const int64_t* gaps, const int64_t* lower,
               const int64_t* upper, int64_t* subsidies, int64_t* labels, void* workspace, int64_t bytes, void* stream) {
-  if (!served(clusters, points) || rounds < 0) return -1;
+  if (!served(clusters, points) || rounds < 0) return RSF_OUT_OF_RANGE;
   int64_t needed;
   const Work work = lay_out(workspace, clusters, points, &needed);
-  if (bytes < needed) return -2;
+  if (bytes < needed) return RSF_WORKSPACE_TOO_SMALL;
   const unsigned k = unsigned(clusters), tiles = unsigned((points + kTile - 1) / kTile);
   const rsf::Shape chooses{tiles, kThreads, k * (sizeof(int64_t) + sizeof(uint32_t))};
   int code = rsf::launch(clear, {256, kThreads}, stream, work, k);
@@ -297,7 +297,7 @@ int rsf_climb(int64_t clusters, int64_t points, int64_t rounds, const int64_t* g
 
 int rsf_widths(int64_t clusters, int64_t points, const int64_t* gaps, const int64_t* subsidies, const int64_t* labels,
                int64_t* counts, void* stream) {
-  if (!served(clusters, points)) return -1;
+  if (!served(clusters, points)) return RSF_OUT_OF_RANGE;
   return rsf::launch(widths, {unsigned((points + kTile - 1) / kTile), kThreads, 64 * sizeof(uint32_t)}, stream,
                      unsigned(clusters), uint64_t(points), gaps, subsidies, labels,
                      reinterpret_cast<unsigned long long*>(counts));
@@ -305,7 +305,7 @@ int rsf_widths(int64_t clusters, int64_t points, const int64_t* gaps, const int6
 
 int rsf_near(int64_t clusters, int64_t points, int64_t reach, const int64_t* gaps, const int64_t* subsidies,
              const int64_t* labels, uint8_t* result, void* stream) {
-  if (!served(clusters, points)) return -1;
+  if (!served(clusters, points)) return RSF_OUT_OF_RANGE;
   return rsf::launch(near, {unsigned((points + kTile - 1) / kTile), kThreads}, stream, unsigned(clusters),
                      uint64_t(points), reach, gaps, subsidies, labels, result);
 }
