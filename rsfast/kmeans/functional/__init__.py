@@ -1,7 +1,7 @@
 """The operations of this family: contract, checks, choice."""
 
-from rsfast.kmeans.functional.lloyd import Lloyd, lloyd
-from rsfast.kmeans.functional.minibatch import BatchStep, MiniBatch, minibatch, minibatch_step
+from rsfast.kmeans.functional.batches import BatchStep, MiniBatch, minibatch, minibatch_step
+from rsfast.kmeans.functional.loop import Lloyd, lloyd
 from rsfast.kmeans.functional.plusplus import Seeds, kmeans_plusplus
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_distances, kmeans_step, kmeans_update
 from rsfast.kmeans.reference import Assignment, Step, Update

@@ -38,7 +38,7 @@ def kmeans_plusplus(
         x: As in :func:`rsfast.kmeans_assign`.
         n_clusters: K, at most N.
         weights: Of the rows, floating point, finite and not negative (looked at on the CPU only). None: 1.
-        random_state: Seed. None takes one from PyTorch's global generator. One seed gives the same draws on CPU and GPU.
+        random_state: Seed. None takes one from PyTorch's global generator. A seed draws alike on CPU and GPU.
         candidates: Rows drawn at once. More need fewer passes; the distribution is the same.
         check_finite: As in :func:`rsfast.kmeans_assign`.
         impl: As in :func:`rsfast.kmeans_assign`.
@@ -89,7 +89,9 @@ def kmeans_plusplus(
                 now = torch.minimum(now, between[j])
     rest = torch.ones(len(x), dtype=torch.bool)
     rest[taken] = False
-    indices = torch.cat([torch.tensor(taken, dtype=torch.long), rest.nonzero()[: n_clusters - len(taken), 0]]).to(device)
+    indices = torch.cat([torch.tensor(taken, dtype=torch.long), rest.nonzero()[: n_clusters - len(taken), 0]]).to(
+        device
+    )
     return Seeds(x[indices], indices)
 
 

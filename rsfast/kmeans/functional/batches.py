@@ -8,8 +8,8 @@ from torch import Tensor
 from rsfast._dispatch import Impl
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
-from rsfast.kmeans.functional.draws import Weighted, rows_of, shuffled, uniforms
-from rsfast.kmeans.functional.lloyd import PATIENCE, total
+from rsfast.kmeans.functional.draws import Weighted, rows_of, uniforms
+from rsfast.kmeans.functional.loop import PATIENCE, total
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_update
 
 
@@ -72,7 +72,8 @@ def minibatch_step(
     Example:
         >>> import torch
         >>> from rsfast.kmeans.functional import minibatch_step
-        >>> minibatch_step(torch.tensor([[3.0]]), torch.tensor([[0.0], [9.0]]), torch.tensor([2.0, 2.0]).double()).centers
+        >>> counts = torch.tensor([2.0, 2.0]).double()
+        >>> minibatch_step(torch.tensor([[3.0]]), torch.tensor([[0.0], [9.0]]), counts).centers
         tensor([[1.],
                 [9.]])
     """
@@ -110,8 +111,9 @@ def minibatch(
     r"""Run :func:`minibatch_step` on batches drawn at random, until it no longer pays.
 
     Rows are drawn independently, with probability in proportion to ``weights``, and count as one each. Counts start
-    at 0. Centres may be reassigned at a step before which some count is 0 or 10 K rows have gone by since the last time.
-    It ends after ``max_steps``, or after a step but the first at which :math:`\sum_k \lVert c_k' - c_k \rVert^2` is at
+    at 0. Centres may be reassigned at a step before which some count is 0, or 10 K rows have gone by since the last.
+    It ends after ``max_steps``, or after a step but the first at which
+    :math:`\sum_k \lVert c_k' - c_k \rVert^2` is at
     most ``tol`` (unless that is 0), or when the batches' mean inertia, averaged exponentially at a rate of
     2 B / (N + 1), has made no new minimum for ``max_no_improvement`` steps.
 
@@ -156,9 +158,7 @@ def minibatch(
         rows = draw(uniforms(seed, number, batch_size, x.device))
         ratio = loop.ratio(reassignment_ratio)
         loop.advance(
-            minibatch_step(
-                x[rows], loop.centers, loop.counts, reassignment_ratio=ratio, precision=precision, impl=impl
-            )
+            minibatch_step(x[rows], loop.centers, loop.counts, reassignment_ratio=ratio, precision=precision, impl=impl)
         )
         look = not x.is_cuda or number % PATIENCE == PATIENCE - 1
         if look and loop.done:
