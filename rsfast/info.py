@@ -9,7 +9,7 @@ import subprocess
 import torch
 
 import rsfast
-from rsfast import tune
+from rsfast import _extension, tune
 from rsfast._dispatch import INTERPRET, use_fused
 
 PACKAGES = (  # shown if installed, after rsfast's own dependencies
@@ -40,13 +40,13 @@ def info() -> dict:
 
     Returns:
         ``versions`` (None where a required package is missing), ``gpus`` (with the table of ``rsfast tune`` that speaks
-        for each), ``operations`` (``impl``, ``reasons``, ``input``) and ``warnings``; nothing but strings, numbers,
-        lists and dicts.
+        for each), ``cuda_library`` (where it comes from, or why not), ``operations`` (``impl``, ``reasons``, ``input``)
+        and ``warnings``; nothing but strings, numbers, lists and dicts.
 
     Example:
         >>> import rsfast.info
         >>> sorted(rsfast.info.info())
-        ['gpus', 'operations', 'versions', 'warnings']
+        ['cuda_library', 'gpus', 'operations', 'versions', 'warnings']
     """
     needed, optional = PACKAGES
     versions = {"rsfast": _version("rsfast"), "python": platform.python_version()}
@@ -61,7 +61,10 @@ def info() -> dict:
     if torch.version.cuda and not torch.cuda.is_available():
         warnings.append("no GPU is visible, so every operation runs its reference in plain PyTorch")
     operations = {name: _operation(name) for name in PROBES}
-    return {"versions": versions, "gpus": _gpus(), "operations": operations, "warnings": warnings}
+    library = _extension.status()
+    return {
+        "versions": versions, "gpus": _gpus(), "cuda_library": library, "operations": operations, "warnings": warnings
+    }  # fmt: skip
 
 
 def _version(package: str) -> str | None:
@@ -115,7 +118,7 @@ def as_text(found: dict) -> str:
     ]
     lines += [f"{'gpu':{width}}{gpu}" for gpu in gpus or ["none"]]
     lines += [f"{'lora table':{width}}{g['lora_table']}, for {g['name']}" for g in found["gpus"]]
-    lines.append("")
+    lines += [f"{'cuda library':{width}}{found['cuda_library']}", ""]
     for name, operation in found["operations"].items():
         lines.append(f"{name:{width}}{operation['impl']}, for {operation['input']}")
         lines += [f"{'':{width}}because {reason}" for reason in operation["reasons"]]

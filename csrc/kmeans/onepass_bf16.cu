@@ -1,0 +1,4 @@
+// One dtype a file, so that they compile side by side.
+#include "plan.cuh"
+
+int64_t rsf::kmeans::serve_bf16(const Call& call) { return serve_dtype<Bf16>(call); }
