@@ -37,6 +37,7 @@ MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; fa
         "rsfast._extension",
         "rsfast.{family}.reference",
         "rsfast.{family}.kernels",
+        "rsfast.{family}.functional.checks",
         "rsfast.{family}.constraint",
     ),
     "estimators": (

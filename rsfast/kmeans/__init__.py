@@ -1,5 +1,6 @@
-"""k-means: estimators, and one step of Lloyd's algorithm and its parts, labels that equal a float64 argmin."""
+"""k-means: estimators, the steps of Lloyd's algorithm with labels that equal a float64 argmin, and a size constraint."""
 
+from rsfast.kmeans.constraint import Constrained, ascend, constrained_assign, dissolve, scaled_bounds, size_bounds
 from rsfast.kmeans.estimators import ConvergenceWarning, KMeans, MiniBatchKMeans, NotFittedError
 from rsfast.kmeans.functional import (
     Assignment,
@@ -15,6 +16,7 @@ from rsfast.kmeans.functional import (
 
 __all__ = [
     "Assignment",
+    "Constrained",
     "ConvergenceWarning",
     "KMeans",
     "MiniBatchKMeans",
@@ -22,9 +24,14 @@ __all__ = [
     "Seeds",
     "Step",
     "Update",
+    "ascend",
+    "constrained_assign",
+    "dissolve",
     "kmeans_assign",
     "kmeans_distances",
     "kmeans_plusplus",
     "kmeans_step",
     "kmeans_update",
+    "scaled_bounds",
+    "size_bounds",
 ]

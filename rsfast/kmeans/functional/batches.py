@@ -1,5 +1,6 @@
 """Mini-batch k-means: centres that are the means of all rows they were ever given."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class MiniBatch(NamedTuple):
     centers: Tensor  # (K, D)
     counts: Tensor  # (K,) float64
     n_steps: Tensor  # () int64
+    subsidies: Tensor | None  # (K,) float64
 
 
 class BatchStep(NamedTuple):
@@ -105,6 +107,7 @@ def minibatch(
     reassignment_ratio: float = 0.01,
     weights: Tensor | None = None,  # (N,)
     seed: int = 0,
+    subsidise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     precision: Precision = "exact",
     impl: Impl = "auto",
 ) -> MiniBatch:
@@ -127,11 +130,13 @@ def minibatch(
         reassignment_ratio: As in :func:`minibatch_step`.
         weights: Of the rows, not all 0, as in :func:`rsfast.kmeans_update`.
         seed: What draws the batches: the same on CPU and GPU.
+        subsidise: Subsidies (K,) for a batch, from the batch, the centres and the last batch's subsidies, 0 at first:
+            what makes small clusters grow under a size constraint.
         precision: As in :func:`rsfast.kmeans_assign`.
         impl: As in :func:`rsfast.kmeans_assign`.
 
     Returns:
-        ``centers`` fp32 (fp64 of fp64 rows), ``counts`` and ``n_steps``, on x's device.
+        ``centers`` fp32 (fp64 of fp64 rows), ``counts``, ``n_steps`` and the last ``subsidies``, on x's device.
 
     Raises:
         ValueError: A shape, dtype, device or value does not fit; the message names the argument.
@@ -152,18 +157,21 @@ def minibatch(
     checks.check_count("batch_size", batch_size)
     checks.check_count("max_steps", max_steps)
     checks.check_numbers(x, "weights", weights, len(x), least=0)
+    options = dict(precision=precision, impl=impl)
     draw = (lambda u: rows_of(u, len(x))) if weights is None else Weighted(weights).rows
     loop = _Loop(x, centers, batch_size, tol, max_no_improvement)
+    subsidies = None if subsidise is None else torch.zeros_like(loop.counts)
     for number in range(max_steps):
-        rows = draw(uniforms(seed, number, batch_size, x.device))
+        batch = x[draw(uniforms(seed, number, batch_size, x.device))]
+        if subsidise is not None:
+            subsidies = subsidise(batch, loop.centers, subsidies)
         ratio = loop.ratio(reassignment_ratio)
-        loop.advance(
-            minibatch_step(x[rows], loop.centers, loop.counts, reassignment_ratio=ratio, precision=precision, impl=impl)
-        )
+        state = loop.centers, loop.counts
+        loop.advance(minibatch_step(batch, *state, subsidies=subsidies, reassignment_ratio=ratio, **options))
         look = not x.is_cuda or number % PATIENCE == PATIENCE - 1
         if look and loop.done:
             break
-    return MiniBatch(loop.centers, loop.counts, loop.n_steps)
+    return MiniBatch(loop.centers, loop.counts, loop.n_steps, subsidies)
 
 
 class _Loop:

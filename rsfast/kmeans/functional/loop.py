@@ -10,7 +10,6 @@ from rsfast._dispatch import Impl
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_step, kmeans_update
-from rsfast.kmeans.reference import Assignment
 
 _RUNNING, _DONE, _EMPTY = range(3)
 PATIENCE = 16  # steps a GPU takes between two looks at it
@@ -33,7 +32,7 @@ def lloyd(
     max_iter: int = 300,
     tol: float = 0.0,
     weights: Tensor | None = None,  # (N,)
-    assign: Callable[[Tensor], Assignment] | None = None,
+    label: Callable[[Tensor], Tensor] | None = None,
     precision: Precision = "exact",
     impl: Impl = "auto",
 ) -> Lloyd:
@@ -50,8 +49,7 @@ def lloyd(
         max_iter: Steps at most, at least 1.
         tol: In the units of x squared.
         weights: As in :func:`rsfast.kmeans_update`.
-        assign: Labels and squared distances for given centres where that is not :func:`rsfast.kmeans_assign`: a
-            constraint. Such a step reads ``x`` as often as ``assign`` does, and once more.
+        label: Labels for centres where these are not those of :func:`rsfast.kmeans_assign`: under a constraint.
         precision: As in :func:`rsfast.kmeans_assign`.
         impl: As in :func:`rsfast.kmeans_assign`.
 
@@ -79,25 +77,31 @@ def lloyd(
     checks.check_count("max_iter", max_iter)
     checks.check_numbers(x, "weights", weights, len(x), least=0)
     options = dict(precision=precision, impl=impl)
-    nearest = assign or (lambda centers: kmeans_assign(x, centers, **options))
+
+    def labelled():
+        if label is None:
+            return kmeans_assign(x, loop.centers, **options)
+        labels = label(loop.centers)
+        return labels, distances_to(x, loop.centers, labels)
+
     loop = _Loop(x, centers, tol)
     look, steps = 1, 0
     while steps < max_iter:
         for _ in range(min(look, max_iter - steps)):
-            if assign is None:
+            if label is None:
                 step = kmeans_step(x, loop.centers, weights=weights, **options)
                 loop.advance(step.labels, step.sums, step.counts)
             else:
-                labels = assign(loop.centers).labels
+                labels = label(loop.centers)
                 loop.advance(labels, *kmeans_update(x, labels, len(centers), weights=weights, impl=impl))
         status, steps = (int(number) for number in torch.stack([loop.status, loop.n_iter]).cpu())
         if status == _EMPTY:
-            loop.reseed(x, *nearest(loop.centers), weights, impl)
+            loop.reseed(x, *labelled(), weights, impl)
             status, steps = int(loop.status), steps + 1
         if status == _DONE:
             break
         look = min(2 * look, PATIENCE) if x.is_cuda else 1
-    labels, distances = nearest(loop.centers)
+    labels, distances = labelled()
     return Lloyd(loop.centers, labels, weigh(x, labels, len(centers), weights), total(distances, weights), loop.n_iter)
 
 
@@ -141,6 +145,13 @@ class _Loop:
         counts = counts[:, None]
         means = sums.double() / torch.where(counts == 0, 1, counts)
         return torch.where(counts == 0, self.centers, means.to(self.centers))
+
+
+def distances_to(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Squared distance of every row to its label's centre, from differences, (N,)."""
+    rows = max(1, (2**26 if x.is_cuda else 2**20) // x.shape[1])
+    parts = zip(x.split(rows), labels.split(rows), strict=True)
+    return torch.cat([(part - centers[own]).square().sum(1) for part, own in parts])
 
 
 def weigh(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None) -> Tensor:
