@@ -1,4 +1,4 @@
-"""k-means: estimators, the steps of Lloyd's algorithm with labels that equal a float64 argmin, and a size constraint."""
+"""k-means: estimators, steps of Lloyd's algorithm with labels that equal a float64 argmin, and a size constraint."""
 
 from rsfast.kmeans.constraint import Constrained, ascend, constrained_assign, dissolve, scaled_bounds, size_bounds
 from rsfast.kmeans.estimators import ConvergenceWarning, KMeans, MiniBatchKMeans, NotFittedError

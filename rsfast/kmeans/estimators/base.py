@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rsfast.kmeans.estimators.inputs import Given, rows, sample_weights, taken
+from rsfast.kmeans.estimators.sizes import Sizes
 from rsfast.kmeans.functional import kmeans_assign, kmeans_distances
 from rsfast.kmeans.functional.loop import total
 
@@ -132,6 +133,15 @@ class Estimator:
             raise ValueError(
                 f"X has {x.shape[1]} features, but {type(self).__name__} is expecting {width} features as input"
             )
+
+    def _keep(self, given: Given, centers: Tensor, labels: Tensor, counts: Tensor, sizes: Sizes | None) -> None:
+        """Attributes that were found, in the kind of what was given."""
+        self.cluster_centers_, self.labels_, self.counts_ = map(given.back, (centers, labels, counts))
+        self.n_features_in_ = centers.shape[1]
+        for name in ("subsidies_", "certified_"):
+            self.__dict__.pop(name, None)
+        if sizes is not None:
+            self.subsidies_, self.certified_ = given.back(sizes.subsidies), bool(sizes.certified)
 
     def _warn_of_missing(self, labels: Tensor) -> None:
         found = len(labels.unique())

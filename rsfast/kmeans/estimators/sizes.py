@@ -43,7 +43,7 @@ class Sizes:
         lower, upper = scaled_bounds(self.lower, self.upper, self.n, batch)
         return Sizes(batch, len(lower), lower, upper, None, self.impl)
 
-    def label(self, x: Tensor, centers: Tensor, weights: Tensor | None) -> Tensor:
+    def label(self, x: Tensor, weights: Tensor | None, centers: Tensor) -> Tensor:
         """Labels of least weighted cost within the bounds; sizes count rows, whatever their weight."""
         costs = self._costs(x, centers, weights)
         found = constrained_assign(costs, self.lower, self.upper, subsidies=self.subsidies, impl=self.impl)

@@ -10,7 +10,7 @@ from rsfast._dispatch import Impl
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
 from rsfast.kmeans.functional.draws import Weighted, rows_of, uniforms
-from rsfast.kmeans.functional.loop import PATIENCE, total
+from rsfast.kmeans.functional.loop import patience, total
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_update
 
 
@@ -168,8 +168,7 @@ def minibatch(
         ratio = loop.ratio(reassignment_ratio)
         state = loop.centers, loop.counts
         loop.advance(minibatch_step(batch, *state, subsidies=subsidies, reassignment_ratio=ratio, **options))
-        look = not x.is_cuda or number % PATIENCE == PATIENCE - 1
-        if look and loop.done:
+        if number % patience(x) == patience(x) - 1 and loop.done:
             break
     return MiniBatch(loop.centers, loop.counts, loop.n_steps, subsidies)
 

@@ -12,7 +12,11 @@ from rsfast.kmeans.functional.checks import Precision
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_step, kmeans_update
 
 _RUNNING, _DONE, _EMPTY = range(3)
-PATIENCE = 16  # steps a GPU takes between two looks at it
+
+
+def patience(x: Tensor) -> int:
+    """Steps between two looks at a device: looking at a GPU takes it time."""
+    return 16 if x.is_cuda else 1
 
 
 class Lloyd(NamedTuple):
@@ -100,7 +104,7 @@ def lloyd(
             status, steps = int(loop.status), steps + 1
         if status == _DONE:
             break
-        look = min(2 * look, PATIENCE) if x.is_cuda else 1
+        look = min(2 * look, patience(x))
     labels, distances = labelled()
     return Lloyd(loop.centers, labels, weigh(x, labels, len(centers), weights), total(distances, weights), loop.n_iter)
 
