@@ -72,11 +72,11 @@ def sample_weights(sample_weight: Any, x: Tensor) -> Tensor | None:
 def _from_numpy(array: np.ndarray, name: str) -> Tensor:
     if array.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} has dtype {array.dtype}")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in (np.float16, np.float32, np.float64):
         if array.dtype.kind not in "biufO":
             raise ValueError(f"{name} must be of numbers, got dtype {array.dtype}")
         array = array.astype(np.float64)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):  # which tensors do not have
         array = array.copy()
     with warnings.catch_warnings():  # a tensor cannot be read-only, and nothing is written
