@@ -43,9 +43,14 @@ def check_numbers(x: Tensor, name: str, numbers: Tensor | None, count: int, leas
             raise ValueError(f"{name} must be {need}, got {numbers[at].item()} at index {at}")
 
 
+def check_count(name: str, count: int, at_most: float = math.inf) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= at_most:
+        limit = "of at least 1" if at_most == math.inf else f"in 1..{at_most}"
+        raise ValueError(f"{name} must be an int {limit}, got {count!r}")
+
+
 def check_labels(x: Tensor, labels: Tensor, n_clusters: int) -> None:
-    if not isinstance(n_clusters, int) or n_clusters < 1:
-        raise ValueError(f"n_clusters must be an int of at least 1, got {n_clusters!r}")
+    check_count("n_clusters", n_clusters)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (len(x),):
         got = f"{labels.dtype} of {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels must be an int64 tensor of shape ({len(x)},), got {got}")
