@@ -1,7 +1,15 @@
 """Fused kernels for adapting vision-language models to remote sensing."""
 
 from rsfast.adapter import GatedAdapter, SharedAdapter, SharedWeights, gated_adapter
-from rsfast.kmeans import kmeans_assign, kmeans_distances, kmeans_step, kmeans_update
+from rsfast.kmeans import (
+    KMeans,
+    MiniBatchKMeans,
+    kmeans_assign,
+    kmeans_distances,
+    kmeans_plusplus,
+    kmeans_step,
+    kmeans_update,
+)
 from rsfast.lora import (
     AdapterBatch,
     BatchedLoRALinear,
@@ -37,8 +45,10 @@ __all__ = [
     "ContrastiveLoss",
     "GatedAdapter",
     "HarMALoss",
+    "KMeans",
     "LoRALinear",
     "LoRALinearGroup",
+    "MiniBatchKMeans",
     "SharedAdapter",
     "SharedWeights",
     "SigmoidLoss",
@@ -53,6 +63,7 @@ __all__ = [
     "harma_loss",
     "kmeans_assign",
     "kmeans_distances",
+    "kmeans_plusplus",
     "kmeans_step",
     "kmeans_update",
     "lora_expand",
