@@ -7,6 +7,7 @@ What is measured is written row by row, so a run that is cut off keeps it. Exits
 
 import argparse
 import importlib.util
+import itertools
 import os
 import pathlib
 import shutil
@@ -17,19 +18,47 @@ import time
 
 import torch
 
+import rsfast
+import rsfast.kmeans
 from benchmarks import results
 from tests.cases import BF16, CASES, FP32
 
 ROOT = pathlib.Path(__file__).parent.parent
-PARTS = ("tests", "memcheck", "racecheck", "ops", "losses", "tune", "lora", "step")  # benchmarks: the time that is left
+PARTS = (
+    "tests",
+    "memcheck",
+    "racecheck",
+    "ops",
+    "losses",
+    "tune",
+    "lora",
+    "kmeans",
+    "step",
+)  # benchmarks: the time that is left
 AT_MOST = {"tests": 240.0, "memcheck": 60.0, "racecheck": 45.0}  # seconds, so that no part eats the others
-KEPT_FOR = {"losses": 150.0, "tune": 120.0, "lora": 150.0, "step": 90.0}  # seconds that the parts before leave, if so
-KERNELS = ("contract", "adapter", "similarity*", "lora*", "tune*")  # tests that a GPU sees more of than a CPU
+KEPT_FOR = {
+    "losses": 150.0,
+    "tune": 120.0,
+    "lora": 150.0,
+    "kmeans": 150.0,
+    "step": 90.0,
+}  # seconds that the parts before leave, if so
+KERNELS = (
+    "contract",
+    "adapter",
+    "similarity*",
+    "lora*",
+    "tune*",
+    "kmeans*",
+    "extension",
+    "csrc",
+)  # tests that a GPU sees more of than a CPU
 SAMPLE = (
     "gated_adapter", "gated_adapter_shared", "gated_adapter_shared_lengths",
     "harma_loss_ids", "contrastive_loss", "triplet_loss_hardest", "sigmoid_loss",
     "lora_linear", "lora_linear_dropout", "lora_linear_qv", "batched_lora_linear", "batched_lora_linear_dropout_qv",
 )  # fmt: skip
+KMEANS = ((300, 640, 32), (301, 33, 5), (700, 64, 300))  # what one pass serves, an odd width, many clusters
 MANY_PAIRS = (1537, 72)  # more than one launch of a loss holds, and no multiple of a tile
 
 
@@ -61,7 +90,23 @@ def sample() -> None:
             for dtype in (FP32, BF16):
                 leaves = [t.requires_grad_() for t in case.inputs(shape, dtype, "cuda")]
                 case.call(case.public, leaves, impl="fused").sum().backward()
+    sample_kmeans()
     torch.cuda.synchronize()
+
+
+def sample_kmeans(device: str = "cuda") -> None:
+    """Every kernel of k-means: one pass, two passes, whole fits, mini-batches, the constraint."""
+    for (n, width, k), dtype in itertools.product(KMEANS, (FP32, BF16)):
+        x = torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        centers, weights = x[:k].float(), torch.ones(n, device=device)
+        rsfast.kmeans_step(x, centers, impl="fused")
+        step = rsfast.kmeans_step(x, centers, weights=weights, precision="fast", impl="fused")
+        rsfast.kmeans_assign(x, centers, subsidies=centers.new_zeros(k), impl="fused")
+        rsfast.kmeans_update(x, step.labels, k, weights=weights, impl="fused")
+        costs = rsfast.kmeans_distances(x, centers, impl="fused")
+        rsfast.kmeans.constrained_assign(costs, n // (2 * k), impl="fused")
+        rsfast.KMeans(k, max_iter=3, random_state=0, n_init=1).fit(x)
+        rsfast.MiniBatchKMeans(k, batch_size=512, max_iter=2, random_state=0, n_init=1).fit(x)
 
 
 def run(parts: list[str], args: argparse.Namespace, start) -> dict[str, str]:

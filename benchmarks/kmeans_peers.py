@@ -175,7 +175,7 @@ def _runs_kernel(
         count = tl.sum(mine.to(tl.int32), 0)
         if count > 0:
             total = tl.sum(tl.where(mine[:, None], x, 0.0), 0)
-            tl.atomic_add(sums_ptr + k.to(tl.int64) * width + columns, total, mask=within)
+            tl.atomic_add(sums_ptr + k * width + columns, total, mask=within)
             if tl.program_id(1) == 0:
                 tl.atomic_add(counts_ptr + k, count)
 

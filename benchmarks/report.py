@@ -30,6 +30,11 @@ LORA_SAYS = (  # above its table
     "Over frozen: over the layer without LoRA. Target: what was aimed at before anything was measured. Error: the "
     "largest of the output's and the gradients', relative to float64."
 )
+KMEANS_SAYS = (  # above its table
+    "ours is `auto`, whose labels are exact. Times ours: their time over ours, run in turn where both can be. Target: "
+    "what was aimed at before anything was measured. Floor: an estimate from bytes and products. Wrong labels: share "
+    "that a float64 argmin does not give; error: the largest of the others."
+)
 FLOORS = ("frozen", "merged")  # have no LoRA to train, so they are no competition
 SHOWN = ("forward", "forward+backward", "step")  # the backward alone is in the results file
 FAMILIES = ("adapter", "lora", "similarity", "kmeans", "step")
@@ -155,6 +160,38 @@ def _kept_table(rows: list[dict]) -> list[str]:
     return ["", "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2), *lines]
 
 
+def kmeans_table(rows: list[dict]) -> list[str]:
+    """One line an implementation, ours with its floor, the fastest of those that are right in bold."""
+    heads = [
+        "k-means, shape, dtype",
+        "implementation",
+        "ms",
+        "times ours",
+        "target",
+        "floor, ms",
+        "wrong labels",
+        "error",
+    ]
+    lines = ["| " + " | ".join([*heads, "peak memory, MB", "commit"]) + " |", "|---|---|" + "---:|" * 8]
+    for (op, shape, dtype, _), group in grouped(rows).items():
+        right = [row["seconds"] for row in group.values() if _error(row, "") <= WRONG]
+        ours = group.get("auto", {}).get("seconds")
+        for name, row in sorted(group.items(), key=lambda item: item[1]["seconds"]):
+            seconds, error = row["seconds"], _error(row, "")
+            against = row.get("beside_seconds", ours)
+            text, most, least = f"{seconds * 1e3:.3f}", row.get("target_seconds"), row.get("target")
+            cells = [f"{op}, {shape}, {dtype}", f"**{name}**" if name in OURS else name]
+            cells += [f"**{text}**" if seconds == min(right, default=None) else text]
+            cells += [f"{seconds / against:.2f}" if against else ""]
+            cells += [f"≤ {most * 1e3:g} ms" if most else f"≥ {least:g}" if least else ""]
+            cells += [f"{row['floor_seconds'] * 1e3:.3g}" if name == "auto" else ""]
+            cells += [f"{100 * row['error_labels']:.2g} %" if "error_labels" in row else ""]
+            others = [v for key, v in row.items() if key.startswith("error_") and key != "error_labels"]
+            cells += [(f"{max(others):.0e}" if others else "") + ", wrong" * (error > WRONG)]
+            lines.append("| " + " | ".join([*cells, f"{row['peak_memory'] / 1e6:.0f}", row["commit"][:8]]) + " |")
+    return lines
+
+
 def _rate(row: dict | None, copy_rate: float | None) -> str:
     if row is None or not row["bytes"]:
         return ""
@@ -212,6 +249,8 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
                 parts += [f"**{family}**: {LOSSES_SAY}\n", *loss_table(rows), ""]
             elif family == "lora":
                 parts += [f"**{family}**: {LORA_SAYS}\n", *lora_table(rows), ""]
+            elif family == "kmeans":
+                parts += [f"**{family}**: {KMEANS_SAYS}\n", *kmeans_table(rows), ""]
             else:
                 parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
         for kind, field, unit, factor in (("speed", "seconds", "ms", 1e3), ("memory", "peak_memory", "MB", 1e-6)):
