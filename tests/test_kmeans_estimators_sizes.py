@@ -90,7 +90,9 @@ def test_bounds_that_are_not_in_the_way_change_nothing():
 
 
 def test_a_stream_is_steered_to_balance():
-    x = torch.cat([torch.randn(1900, 4), torch.randn(100, 4) + 4])[torch.randperm(2000)]
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(1900, 4, generator=g), torch.randn(100, 4, generator=g) + 4])
+    x = x[torch.randperm(2000, generator=g)]
     free, bound = (rsfast.MiniBatchKMeans(5, rho=rho, init=x[:5], reassignment_ratio=0) for rho in (None, 1.25))
     for rows in x.split(200):
         free.partial_fit(rows)
