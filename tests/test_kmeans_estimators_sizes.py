@@ -7,6 +7,7 @@ from scipy.optimize import linprog
 
 import rsfast
 from rsfast.kmeans import scaled_bounds, size_bounds
+from rsfast.kmeans.estimators.sizes import _certified
 
 KINDS = (rsfast.KMeans, rsfast.MiniBatchKMeans)
 torch.manual_seed(0)
@@ -43,6 +44,19 @@ def test_labels_are_the_cheapest_that_keep_the_bounds(kind, asked, weighted):
     reduced = costs - found.subsidies_
     chosen = reduced.gather(1, found.labels_[:, None])[:, 0]
     assert (chosen - reduced.min(1).values).max() < 1e-9 and (found.subsidies_ != 0).any()
+
+
+def test_a_certificate_that_does_not_hold_is_seen():
+    costs, ones, most = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.ones(2).long(), torch.full((2,), 2)
+    good = torch.tensor([0, 1]), torch.tensor([0.0, 1.5]).double(), ones
+    assert _certified(costs, *good, ones, most)
+    for labels, subsidies, counts, least in (
+        (torch.tensor([1, 0]), good[1], ones, ones),  # another order costs more
+        (good[0], torch.tensor([0.0, 4.0]).double(), ones, ones),  # row 0 would go too
+        (good[0], good[1], ones, 0 * ones),  # paid for a bound that is not in the way
+        (good[0], good[1], ones, 2 * ones),  # too few
+    ):
+        assert not _certified(costs, labels, subsidies, counts, least, most)
 
 
 def test_the_user_writes_one_line():
