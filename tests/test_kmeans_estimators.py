@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
 import rsfast
-from rsfast.kmeans.estimators import start
+from rsfast.kmeans.estimators.start import tolerance
 from rsfast.kmeans.functional import batches, lloyd, loop, minibatch, minibatch_step
 
 KINDS = (rsfast.KMeans, rsfast.MiniBatchKMeans)
@@ -269,7 +269,7 @@ def test_a_batch_is_no_larger_than_the_data():
 def test_tolerance_is_a_share_of_the_mean_variance(kind):
     x = (blobs(n=3000, offset=20.0) * np.array([1, 2, 3, 1, 0.1, 0])).astype(kind)
     expected = 0.5 * x.astype(np.float64).var(0).mean()
-    np.testing.assert_allclose(start.tolerance(torch.from_numpy(x), 0.5), expected, rtol=1e-12)
+    np.testing.assert_allclose(tolerance(torch.from_numpy(x), 0.5), expected, rtol=1e-12)
 
 
 def test_batches_are_drawn_by_weight():
