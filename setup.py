@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
@@ -66,5 +67,7 @@ def cuda_library() -> dict:
     }
 
 
+if __name__ == "__main__" and int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"rsfast: setuptools 77 or newer reads pyproject.toml, here is {setuptools.__version__}: upgrade it")
 why_not = reasons()
 setup(**({"cmdclass": {"build_py": BuildPy}} if why_not else cuda_library()))

@@ -51,6 +51,14 @@ def missing(device: torch.device | None = None) -> list[str]:
     return reasons if _prebuilt()[0] else reasons + _why_not_built()
 
 
+def ready(device: torch.device | None = None) -> bool:
+    """Whether the library can be called on ``device``, for a choice that has another way to go.
+
+    The first use builds it; a failure is logged, not raised, and is what :func:`missing` says from then on.
+    """
+    return not missing(device) and not isinstance(_load(), str)
+
+
 def library() -> ctypes.CDLL:
     """The library. The first call may build it, which takes a minute or so and one line of log.
 
@@ -158,7 +166,9 @@ def _load() -> ctypes.CDLL | str:
         return found
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         lines = str(error).strip().splitlines()
-        return "\n    ".join(["loading or building it failed:", *lines[-20:]])
+        failure = "\n    ".join(["loading or building it failed:", *lines[-20:]])
+        log.warning("the CUDA library is not used: %s", failure)
+        return failure
 
 
 def _why_not_built() -> list[str]:

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -76,6 +77,11 @@ def cdiv(n: int, size: int) -> int:
 def pad(size: int) -> int:
     """Smallest block that holds ``size`` and that a matrix product takes."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """``x`` with contiguous features; rows may be any distance apart."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 @torch.compiler.assume_constant_result

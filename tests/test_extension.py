@@ -3,6 +3,7 @@
 import concurrent.futures
 import ctypes
 import importlib.util
+import os
 import pathlib
 import runpy
 import shutil
@@ -51,9 +52,11 @@ def toy(tmp_path, monkeypatch):
     """Small sources of their own, a cache of their own, no library built ahead."""
     csrc = tmp_path / "csrc"
     (csrc / "emulation").mkdir(parents=True)
-    shutil.copy(ROOT / "csrc" / "common" / "library.cu", csrc)
+    for name in ("library.cu", "errors.h"):
+        shutil.copy(ROOT / "csrc" / "common" / name, csrc)
     (csrc / "toy.cu").write_text(TOY)
     (csrc / "emulation" / "cuda_on_host.h").write_text("#pragma once\n#define ONE 1\n")
+    (csrc / "emulation" / "fibres.cpp").write_text("extern const int only_for_the_host = ONE;\n")
     monkeypatch.setattr(_sources, "CSRC", csrc)
     monkeypatch.setattr(_extension, "INTERPRET", True)
     monkeypatch.setattr(_extension, "PREBUILT", tmp_path / "_cuda.abi3.so")
@@ -99,6 +102,7 @@ def test_the_emulation_is_built_once_and_called(toy, tmp_path, monkeypatch):
     notes = counting_compiler(tmp_path, monkeypatch)
     assert _extension.missing() == [] and not cached(tmp_path), "missing() has built something"
     x = torch.zeros(3)
+    assert _extension.ready()
     _extension.function(*ADD_ONE)(x.data_ptr(), 3, None)
     assert x.tolist() == [1, 1, 1]
     first = notes.read_text()
@@ -147,8 +151,8 @@ def test_a_library_of_something_else_is_refused(toy, tmp_path):
 @needs_compiler
 def test_errors_have_names(toy):
     call = _extension.function(*ADD_ONE)
-    with pytest.raises(RuntimeError, match="rsf_add_one failed with code -2: the workspace is too small"):
-        call(None, -2, None)
+    with pytest.raises(RuntimeError, match="rsf_add_one failed with code -1: an argument is out of range"):
+        call(None, -1, None)
     with pytest.raises(RuntimeError, match="code -77: an error without a name"):
         call(None, -77, None)
 
@@ -160,7 +164,8 @@ def test_sources_that_do_not_compile_are_a_reason_and_tried_once(toy, tmp_path, 
     for _ in range(2):
         with pytest.raises(NotImplementedError, match="(?s)building it failed.*toy.cu:1:1: error"):
             _extension.library()
-    assert len(notes.read_text().split()) == 2
+        assert not _extension.ready()
+    assert len(notes.read_text().split()) == len(_sources.units(emulated=True))
     assert "toy.cu:1:1: error" in _extension.missing()[0] and not cached(tmp_path)
 
 
@@ -258,18 +263,27 @@ def test_a_library_that_does_not_fit_is_built_again_or_explained(gpu, monkeypatc
 @needs_nvcc
 def test_the_first_use_builds_for_the_gpu_at_hand(gpu, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")  # what others are built for
+    programs = tmp_path / "environment"
+    programs.mkdir()
+    (programs / "ninja").symlink_to(shutil.which("ninja", path=_extension._path()))
+    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")  # what PATH has is not the environment's
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
     reason = "no NVIDIA driver, or one older than the CUDA runtime of the library"
     key = _extension._key  # a build that was killed leaves PyTorch's lock behind
     monkeypatch.setattr(_extension, "_key", lambda *args: locked(tmp_path, key(*args)))
     with pytest.raises(NotImplementedError, match=f"rsf_probe failed with code 35: {reason}"):
         _extension.library()
     (path,) = cached(tmp_path)
-    assert "-gencode=arch=compute_90a,code=sm_90a" in (path.parent / "build.ninja").read_text()
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["building the CUDA library, which is done once"]
+    plan = (path.parent / "build.ninja").read_text()
+    assert "-gencode=arch=compute_90a,code=sm_90a" in plan and "emulation" not in plan
+    said = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert said == ["building the CUDA library, which is done once", "the CUDA library is not used"]
     found = _extension._build("asked again")
     with pytest.raises(RuntimeError, match=f"rsf_add_one failed with code 35: {reason}"):
         _extension.bind(found, *ADD_ONE)(None, 1, None)
-    assert len(caplog.records) == 1, "what is in the cache was built again"
+    assert len(caplog.records) == 2, "what is in the cache was built again"
 
 
 def locked(tmp_path, name):

@@ -10,7 +10,8 @@ import rsfast
 from rsfast.lora import reference
 from tests.cases import BF16, FP32
 from tests.lora_cases import linear_case
-from tests.test_contract import _Recorder, assert_matches_the_oracle, run
+from tests.recorder import Recorder
+from tests.test_contract import assert_matches_the_oracle, run
 from tests.test_lora import plan, saved_bytes
 
 
@@ -135,7 +136,7 @@ def test_a_choice_is_asked_for_what_is_run(device, monkeypatch):
 def test_what_is_not_needed_is_empty(device, low, wanted):
     """As it is promised to the compiler, for each input that may want a gradient alone, and for none."""
     case = linear_case(rank=3, dropout_p=0.3)
-    with _Recorder() as recorder, plan.forced({"low": plan.Choice(low)}):
+    with Recorder() as recorder, plan.forced({"low": plan.Choice(low)}):
         if wanted:
             run(case, case.public, case.inputs((5, 13, 8), FP32, device), wanted=wanted, impl="fused")
         else:

@@ -10,6 +10,7 @@ import rsfast
 from tests.cases import BF16, FP32
 
 plan, linear = (pytest.importorskip(f"rsfast.lora.kernels.{name}") for name in ("plan", "linear"))
+rows_apart = pytest.importorskip("rsfast._tiles").rows_apart
 FACTS = plan.Facts(4096, 768, 512, 16, 1, 0, False, BF16)
 CPU = torch.device("cpu")
 
@@ -121,9 +122,9 @@ def test_a_broken_table_is_named_and_left_out(table, text):
 def test_what_goes_by_its_strides():
     t = torch.arange(64.0).view(4, 16)
     for kept in (t, t[:, :5], t[::2]):
-        assert plan.rows_apart(kept) is kept
+        assert rows_apart(kept) is kept
     for copied in (t[:, ::2], t.T, t[:1].expand(3, 16)):
-        rows = plan.rows_apart(copied)
+        rows = rows_apart(copied)
         assert rows.is_contiguous() and torch.equal(rows, copied)
     described = [linear._described(each) for each in (t, t[:, :8], t[:, 4:8], t[:, 1:9], t.T, t[:, ::2], t.view(-1, 2))]
     assert described == [True, True, True, False, False, False, False]

@@ -36,17 +36,11 @@ int rsf_probe() {
 const char* rsf_error(int code) {
   switch (code) {
     case 0: return "no error";
-<<<<<<< HEAD
     case RSF_OUT_OF_RANGE: return "an argument is out of range";
     case RSF_WORKSPACE_TOO_SMALL: return "the workspace is too small";
     case RSF_NOT_SERVED: return "no kernel for these sizes on this GPU";
+    case RSF_NO_MEMORY: return "not enough memory on the host";
     case RSF_STUCK: return "the threads of an emulated kernel wait for each other";
-=======
-    case -1: return "an argument is out of range";
-    case -2: return "the workspace is too small";
-    case -4: return "not enough memory on the host";
-    case -3: return "no kernel for these sizes on this GPU";
->>>>>>> constraint
     case 35: return "no NVIDIA driver, or one older than the CUDA runtime of the library";
     case 100: return "no GPU is visible";
     case 209: return "the library was not built for this GPU";

@@ -56,7 +56,7 @@ struct Block {
   dim3 index;
   unsigned rank = 0;
   Cluster* cluster = nullptr;
-  Meeting meeting;
+  Meeting meeting, groups[16];
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
@@ -83,6 +83,7 @@ struct Fibre {
   Block* block = nullptr;
   unsigned thread = 0, phase = 0;
   std::vector<std::vector<Copy>> groups{1};
+  std::vector<std::function<bool()>> pending;  // products not waited for
   bool done = false;
 };
 
@@ -134,6 +135,7 @@ inline void prepare(Fibre& f) {
   f.done = false;
   f.phase = 0;
   f.groups.assign(1, {});
+  f.pending.clear();
 #if defined(__x86_64__)
   auto top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t(15);
   auto* frame = reinterpret_cast<void**>(top) - 2;  // a return address, and the alignment a call would leave
@@ -181,6 +183,15 @@ inline T shown(const unsigned char (&board)[32][64], unsigned lane) {
   T value;
   std::memcpy(&value, board[lane & 31], sizeof(T));
   return value;
+}
+
+inline void settle() {  // what waiting for products finds
+  for (const auto& unchanged : me().pending)
+    if (!unchanged()) {
+      std::fprintf(stderr, "emulated kernel: shared memory was written while a product read it\n");
+      std::abort();
+    }
+  me().pending.clear();
 }
 
 inline int failed(const char* why) {
@@ -242,9 +253,9 @@ inline int launch(dim3 grid, dim3 block, size_t shared, unsigned cluster, bool t
     one.meeting.expected = threads;
     one.warps.resize(threads / 32);
     for (Warp& w : one.warps) w.meeting.expected = 32;
-    one.storage.reset(new unsigned char[shared + 256]);
-    std::memset(one.storage.get(), 0xff, shared + 256);  // as numbers: NaN
-    auto start = (reinterpret_cast<uintptr_t>(one.storage.get()) + 127) & ~uintptr_t(127);
+    one.storage.reset(new unsigned char[shared + 2048]);
+    std::memset(one.storage.get(), 0xff, shared + 2048);  // as numbers: NaN
+    auto start = (reinterpret_cast<uintptr_t>(one.storage.get()) + 1023) & ~uintptr_t(1023);
     one.shared = reinterpret_cast<unsigned char*>(start);
     one.bytes = shared;
     batch.push_back(&one);

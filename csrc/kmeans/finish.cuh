@@ -1,16 +1,15 @@
 // Between two passes over the rows: sums of all teams in a fixed order, new centres, and what the next pass needs.
 #pragma once
-#include "tile.cuh"
+#include "team.cuh"
 
 namespace rsf::kmeans {
 
 template <class Tile>
 struct Finish {
-  using Shared = typename Tile::Shared;
+  using Shared = kmeans::Shared<Tile>;
   using Part = typename Tile::Part;
   static constexpr int kClusters = Tile::kClusters, kThreads = Tile::kThreads;
   static constexpr int kShares = kThreads / kClusters;  // threads that add up for one cluster
-  static_assert(kGroup * kClusters * sizeof(float) <= sizeof(Shared::partial), "centres of a group lie there");
 
   // sum over i of parts[i][cluster], by all threads of a block in one order; for every cluster to `out`.
   template <class Number, class Sum>
@@ -19,11 +18,11 @@ struct Finish {
     double sum = 0;
     if (share < kShares)
       for (int i = share; i < count; i += kShares) sum += double(parts[int64_t(i) * kClusters + cluster]);
-    s.numbers[0][threadIdx.x] = sum;
+    s.scratch.numbers[0][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.x < kClusters) {
       sum = 0;
-      for (int i = 0; i < kShares; ++i) sum += s.numbers[0][i * kClusters + threadIdx.x];
+      for (int i = 0; i < kShares; ++i) sum += s.scratch.numbers[0][i * kClusters + threadIdx.x];
       out[threadIdx.x] = Sum(sum);
     }
     __syncthreads();
@@ -31,41 +30,39 @@ struct Finish {
 
   // The same number in every thread.
   __device__ static double sum_of_columns(Shared& s, const double* parts, int count) {
-    columns(s, parts, count, s.numbers[1]);
+    columns(s, parts, count, s.scratch.numbers[1]);
     double sum = 0;
-    for (int k = 0; k < kClusters; ++k) sum += s.numbers[1][k];
+    for (int k = 0; k < kClusters; ++k) sum += s.scratch.numbers[1][k];
     __syncthreads();
     return sum;
   }
 
   template <class Number>
-  __device__ static Number sum_of_blocks(const Number* parts) {  // one warp, the same number in every lane
+  __device__ static Number sum_of_teams(const Number* parts) {  // one warp, the same number in every lane
     Number sum = 0;
-    for (unsigned i = threadIdx.x % 32; i < gridDim.x; i += 32) sum += parts[i];
+    for (unsigned i = threadIdx.x % 32; i < gridDim.x * Tile::kTeams; i += 32) sum += parts[i];
     for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
     return sum;
   }
 
   // Numbers of a pass that are no centre's.
-  __device__ static void whole(Shared& s, const Workspace& w, Status& status) {
+  __device__ static void whole(Shared& s, const Workspace& w) {
     if (threadIdx.x < 32) {
-      const double energy = sum_of_blocks(w.energy);
-      const int64_t changed = sum_of_blocks(w.changed), doubtful = sum_of_blocks(w.doubtful);
+      const double energy = sum_of_teams(w.energy);
+      const int64_t changed = sum_of_teams(w.changed), doubtful = sum_of_teams(w.doubtful);
       if (threadIdx.x == 0) {
-        s.whole_energy = energy;
+        s.status.energy = energy;
+        s.status.doubtful += doubtful;
         s.whole_changed = changed;
-        s.whole_doubtful = doubtful;
       }
     }
     __syncthreads();
-    status.energy = s.whole_energy;
-    status.doubtful += s.whole_doubtful;
   }
 
   // What a score adds to its product, and how wrong a score can be: by_norm ||x|| + always.
   __device__ static void bias(Shared& s, const Problem& p, const Workspace& w) {
     columns(s, w.norms, w.groups, s.norms);
-    columns(s, w.centered, w.groups, s.numbers[1]);
+    columns(s, w.centered, w.groups, s.scratch.numbers[1]);
     if (threadIdx.x < 32) {
       double least = s.norms[0], largest = 0, widest = 0;
       for (int k = threadIdx.x; k < p.clusters; k += 32) least = min(least, s.norms[k]);
@@ -75,7 +72,7 @@ struct Finish {
         s.bias[k] = k < p.clusters ? float(b) : __uint_as_float(0x7f800000);
         if (k < p.clusters) {
           largest = max(largest, fabs(b));
-          widest = max(widest, s.numbers[1][k]);
+          widest = max(widest, s.scratch.numbers[1][k]);
         }
       }
       for (int by = 16; by; by /= 2) {
@@ -83,7 +80,7 @@ struct Finish {
         widest = max(widest, __shfl_xor_sync(~0u, widest, by));
       }
       // sums of a warp, of warps and of blocks; tensor cores truncate, so an ulp each
-      const double adds = Tile::kSteps * Kind<typename Tile::T>::kScoreProducts + Tile::kWarps + cluster_size() + 4;
+      const double adds = Tile::kAdds + cluster_size() + 4;
       const double split = split_error<typename Tile::T>() + adds * 0x1p-22;
       if (threadIdx.x == 0) {
         s.by_norm = float(2.001 * (split * sqrt(widest) + split_floor(Part{}) * sqrt(double(p.width))));
@@ -122,7 +119,7 @@ struct Finish {
   }
 
   __device__ static void publish_given(Shared& s, const Problem& p, const Workspace& w) {
-    float* fresh = s.partial[0];
+    float* fresh = s.scratch.fresh;
     for (int group = blockIdx.x; group < w.groups; group += gridDim.x) {
       for (int e = threadIdx.x; e < p.clusters * kGroup; e += kThreads) {
         const int column = group * kGroup + e % kGroup;
@@ -146,7 +143,7 @@ struct Finish {
   // New centres by `renewed(cluster, column, sum, old)`, and how far they moved.
   template <class Renewed>
   __device__ static void renew(Shared& s, const Problem& p, const Workspace& w, Renewed renewed) {
-    float* fresh = s.partial[0];
+    float* fresh = s.scratch.fresh;
     for (int group = blockIdx.x; group < w.groups; group += gridDim.x) {
       double moved = 0, product = 0;
       for (int e = threadIdx.x; e < kClusters * kGroup; e += kThreads) {
@@ -159,14 +156,14 @@ struct Finish {
         moved += (double(center) - old) * (double(center) - old);
         product += sum * old;
       }
-      s.numbers[0][threadIdx.x] = moved;
-      s.numbers[1][threadIdx.x] = product;
+      s.scratch.numbers[0][threadIdx.x] = moved;
+      s.scratch.numbers[1][threadIdx.x] = product;
       __syncthreads();
       if (threadIdx.x < kClusters) {  // any fixed split of the threads' parts will do
         moved = product = 0;
         for (int i = threadIdx.x; i < kThreads; i += kClusters) {
-          moved += s.numbers[0][i];
-          product += s.numbers[1][i];
+          moved += s.scratch.numbers[0][i];
+          product += s.scratch.numbers[1][i];
         }
         w.shifts[group * kClusters + threadIdx.x] = moved;
         w.products[group * kClusters + threadIdx.x] = product;

@@ -5,6 +5,7 @@
 #include "../common/launch.h"
 #include "kmeans.h"
 #include "onepass.cuh"
+#include "tile.cuh"
 
 namespace rsf::kmeans {
 
@@ -52,7 +53,7 @@ int teams_at_once(int members) {
 #ifdef RSF_EMULATION
   return members <= 8 ? 3 : 0;
 #else
-  constexpr int kShared = sizeof(typename Tile::Shared);
+  constexpr int kShared = sizeof(Shared<Tile>);
   int device = 0, major = 0, processors = 0, blocks = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -124,7 +125,7 @@ int64_t serve(const Call& call) {
   Shape shape;
   shape.blocks = teams * members;
   shape.threads = Tile::kThreads;
-  shape.shared = sizeof(typename Tile::Shared);
+  shape.shared = sizeof(Shared<Tile>);
   shape.cluster = members;
   shape.together = true;
   return launch(onepass<Tile>, shape, call.stream, p, w);

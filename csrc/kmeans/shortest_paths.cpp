@@ -3,7 +3,7 @@
 // The contract, the tie rules and the invariants are those of rsfast/kmeans/constraint/paths.py, the same in NumPy;
 // both give the same labels, counts and subsidies, bit for bit. Integers throughout, so nothing is rounded.
 
-#include "shortest_paths.h"
+#include "constraint.h"
 
 #include <algorithm>
 #include <functional>
@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int64_t FAR = int64_t(1) << 62;  // no arc; every real distance is below
-constexpr int BAD_ARGUMENT = -1, NO_MEMORY = -4;
 
 using Move = std::pair<int64_t, int64_t>;  // cost, row: the order of the heaps
 
@@ -167,13 +166,13 @@ class Graph {
 
 int rsf_shortest_paths(int64_t clusters, int64_t points, int64_t reach, const int64_t* lower, const int64_t* upper,
                        const int64_t* gaps, int64_t* counts, int64_t* subsidies, int64_t* labels, int32_t* ran_out) {
-  if (clusters < 1 || points < 0 || reach < 0) return BAD_ARGUMENT;
+  if (clusters < 1 || points < 0 || reach < 0) return RSF_OUT_OF_RANGE;
   for (int64_t row = 0; row < points; ++row)
-    if (labels[row] < 0 || labels[row] >= clusters) return BAD_ARGUMENT;
+    if (labels[row] < 0 || labels[row] >= clusters) return RSF_OUT_OF_RANGE;
   try {
     *ran_out = !Graph(clusters, points, reach, lower, upper, gaps, counts, subsidies, labels).solve();
     return 0;
   } catch (const std::bad_alloc&) {  // must not cross the C boundary
-    return NO_MEMORY;
+    return RSF_NO_MEMORY;
   }
 }

@@ -3,39 +3,9 @@
 // Each warp owns 16 kSteps columns of all rows. Its part of the centres and its part of the sums stay in registers, so
 // a row is read from memory once and from shared memory twice. Fragment layouts are those of mma.m16n8k16.
 #pragma once
-#include "problem.cuh"
+#include "team.cuh"
 
 namespace rsf::kmeans {
-
-template <class T>
-struct Kind {  // 16-bit rows are multiplied as they are
-  using Part = T;
-  static constexpr int kScoreProducts = 2, kParts = 1;
-};
-template <>
-struct Kind<float> {  // in bf16 parts: three hold all bits, two are enough for a score
-  using Part = Bf16;
-  static constexpr int kScoreProducts = 3, kParts = 3;
-};
-
-__device__ __forceinline__ uint16_t rounded(Bf16, float v) { return to_bf16(v).bits; }
-__device__ __forceinline__ uint16_t rounded(Fp16, float v) { return to_fp16(v).bits; }
-__device__ __forceinline__ float value(Bf16, uint32_t bits) { return to_float(Bf16{uint16_t(bits)}); }
-__device__ __forceinline__ float value(Fp16, uint32_t bits) { return to_float(Fp16{uint16_t(bits)}); }
-__device__ __forceinline__ uint32_t one(Bf16) { return 0x3f80; }
-__device__ __forceinline__ uint32_t one(Fp16) { return 0x3c00; }
-
-// a centre about the mean of fp16 centres may be twice as large as fp16 holds
-__device__ __forceinline__ float center_scale(Bf16) { return 1.0f; }
-__device__ __forceinline__ float center_scale(Fp16) { return 0.25f; }
-
-// |x.c - what the parts multiply to| <= split_error ||x|| ||c|| + split_floor sqrt(width) ||x||
-template <class T>
-__device__ __forceinline__ double split_error() {
-  return sizeof(T) == 4 ? 0x3p-18 : 0x1p-18;
-}
-__device__ __forceinline__ double split_floor(Bf16) { return 0x1p-120; }
-__device__ __forceinline__ double split_floor(Fp16) { return 0x1p-22; }
 
 template <class T_, int kBlocks_, int kSteps_, int kWarps_>
 struct Tile {
@@ -51,33 +21,28 @@ struct Tile {
   static constexpr int kScorePitch = kClusters + 8;     // the first spare column holds the squared norm
   static constexpr int kParts = Kind<T>::kParts;
 
-  struct Shared {
+  static constexpr int kTeams = 1, kTeamWarps = kWarps;
+  static constexpr int kExchangeRows = kRows + 8;  // rows in up to 8 equal shares
+  static constexpr int kMostMembers = 8, kBlocksPerSm = kWarps == 4 ? 2 : 1;
+  static constexpr int kAdds = kSteps * Kind<T>::kScoreProducts + kWarps;  // roundings in a score, but for the team's
+
+  struct Stages {
     T x[kStages][kRows * kPitch];
     float partial[kWarps][kRows * kScorePitch];
-    float exchange[(kRows + 8) * kScorePitch];  // rows in up to 8 equal shares
-    float bias[kClusters];
-    double numbers[2][kThreads];
-    double norms[kClusters], totals[kClusters], next_totals[kClusters], means[kGroup];
-    uint64_t candidates[kRows];
-    int64_t before[kRows];
-    double energy[kWarps];
-    int32_t label[kRows], count[kClusters], chosen[kClusters], changed[kWarps];
-    int32_t doubts;
-    float by_norm, always;
-    int64_t whole_changed, whole_doubtful;
-    double whole_energy;
   };
 
   // Columns of a slice to a stage; `row_of(r)` is the row of x, negative where the tile has none.
   template <class RowOf>
-  __device__ static __forceinline__ void load(Shared& s, int stage, const Problem& p, int first_column, RowOf row_of) {
+  __device__ static __forceinline__ void load(Team<Tile>& t, int stage, RowOf row_of) {
     constexpr int kPiece = 16 / sizeof(T), kPieces = kSlice / kPiece;
-    const T* x = static_cast<const T*>(p.x);
+    const T* x = static_cast<const T*>(t.p.x);
+#pragma unroll 2
     for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
       const int r = i / kPieces, column = i % kPieces * kPiece;
       const int64_t row = row_of(r);
-      const bool inside = row >= 0 && first_column + column < p.width;
-      copy_async(&s.x[stage][r * kPitch + column], inside ? x + row * p.pitch + first_column + column : x, inside);
+      const bool inside = row >= 0 && t.first_column() + column < t.p.width;
+      copy_async(&t.block.stages.x[stage][r * kPitch + column],
+                 inside ? x + row * t.p.pitch + t.first_column() + column : x, inside);
     }
     commit_copies();
   }
@@ -156,7 +121,7 @@ struct Tile {
   };
 
   // This warp's part of the products of all rows with all centres, and of the rows' squared norms.
-  __device__ static __forceinline__ void scores(Shared& s, int stage, const Centers& centers) {
+  __device__ static __forceinline__ void scores(Stages& s, int stage, const Centers& centers) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int m = 0; m < kRows; m += 16) {
@@ -190,14 +155,15 @@ struct Tile {
 
   // Adds the rows of a stage to this warp's columns of the sums, each under its label; a negative label adds nothing.
   // Tensor cores truncate, so they add up one tile only and the long sum is rounded to nearest.
-  __device__ static __forceinline__ void add(Shared& s, int stage, float (&sums)[kSteps][kBlocks][4]) {
+  __device__ static __forceinline__ void add(Stages& s, int stage, const int32_t* labels,
+                                             float (&sums)[kSteps][kBlocks][4]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int block[kRows / 16][4];  // which eight clusters the label is in, if it is this lane's of them
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int label = s.label[k * 16 + row_of_index(lane % 4 * 2 + i % 2) + i / 2 * 8];
+        const int label = labels[k * 16 + row_of_index(lane % 4 * 2 + i % 2) + i / 2 * 8];
         block[k][i] = label >= 0 && label % 8 == lane / 4 ? label / 8 : -1;
       }
 #pragma unroll
@@ -234,6 +200,62 @@ struct Tile {
         for (int q = 0; q < 4; ++q)
           w.slots[(int64_t(team) * kClusters + j * 8 + lane % 4 * 2 + q % 2) * w.padded_width + first_column +
                   (warp * kSteps + step) * 16 + lane / 4 + q / 2 * 8] = sums[step][j][q];
+  }
+
+  // This block's scores of a tile, each to the block that decides its row.
+  __device__ static void send(Team<Tile>& t) {
+    for (int row = t.warp(); row < kRows; row += kWarps) {
+      float* out = t.scores_of(row);
+      for (int k = t.lane(); k <= kClusters; k += 32) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) sum += t.block.stages.partial[i][row * kScorePitch + k];
+        out[k] = sum;
+      }
+    }
+  }
+
+  __device__ static void pass(Team<Tile>& t) {
+    Stages& stages = t.block.stages;
+    float sums[kSteps][kBlocks][4] = {};
+    const int mine = t.tiles();
+    const auto begin = [&](int i) {
+      const int64_t first = int64_t(t.team() + i * t.w.teams) * kRows;
+      if (i >= mine) commit_copies();
+      else load(t, i % kStages, [&](int r) { return first + r < t.p.taken ? t.row_at(first + r) : -1; });
+    };
+    t.begin();
+    {
+      Centers centers;
+      centers.read(t.w, t.first_column());
+      for (int i = 0; i < kStages - 1; ++i) begin(i);
+      for (int i = 0; i < mine; ++i) {
+        const int tile = t.team() + i * t.w.teams;
+        wait_for_copies<kStages - 2>();
+        t.sync();  // this tile is here for everyone, and the one before is done with
+        begin(i + kStages - 1);
+        t.remember_labels(tile);
+        scores(stages, i % kStages, centers);
+        t.sync();
+        send(t);
+        t.meet();
+        t.decide(tile);
+        t.meet();
+        t.note_doubts(tile);
+        t.count();
+        add(stages, i % kStages, t.s.label, sums);
+      }
+    }
+    t.settle([&](auto row_of) {
+      load(t, 0, row_of);
+      wait_for_copies<0>();
+      t.sync();
+      t.count();
+      add(stages, 0, t.s.label, sums);
+    });
+    wait_for_copies<0>();
+    store(t.w, t.team(), t.first_column(), sums);
+    t.report();
   }
 };
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import Impl, use_fused
+from rsfast.kmeans.constraint import library
 from rsfast.kmeans.constraint.ascent import of_use
 from rsfast.kmeans.constraint.bounds import Size, size_bounds
 from rsfast.kmeans.constraint.finish import PLAIN, Way, finish
@@ -150,11 +151,7 @@ def ascend(
 
 
 def _way(impl: Impl, costs: Tensor) -> Way:
-    if not use_fused(impl, ["it is not written yet"]):
-        return PLAIN
-    from rsfast.kmeans.constraint import library
-
-    return library.WAY
+    return library.WAY if use_fused(impl, library.why_not(costs)) else PLAIN
 
 
 def _check_costs(costs: Tensor) -> None:

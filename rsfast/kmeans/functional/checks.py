@@ -28,14 +28,14 @@ def check_centers(x: Tensor, centers: Tensor) -> None:
 
 
 def check_numbers(x: Tensor, name: str, numbers: Tensor | None, count: int, least: float = -math.inf) -> None:
-    """``numbers`` is None or ``count`` numbers on x's device; their values cost a GPU a wait, so only a CPU's are."""
+    """``numbers`` is None or ``count`` numbers on x's device; values are looked at where that makes nobody wait."""
     if numbers is None:
         return
     if not isinstance(numbers, Tensor) or numbers.shape != (count,) or not numbers.is_floating_point():
         got = f"{numbers.dtype} of {tuple(numbers.shape)}" if isinstance(numbers, Tensor) else type(numbers).__name__
         raise ValueError(f"{name} must be a floating point tensor of shape ({count},), got {got}")
     _check_beside(x, name, numbers)
-    if not numbers.is_cuda and count:
+    if _at_hand(numbers) and count:
         wrong = ~(numbers.isfinite() & (numbers >= least))
         if wrong.any():
             at = int(wrong.nonzero()[0])
@@ -55,7 +55,7 @@ def check_labels(x: Tensor, labels: Tensor, n_clusters: int) -> None:
         got = f"{labels.dtype} of {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels must be an int64 tensor of shape ({len(x)},), got {got}")
     _check_beside(x, "labels", labels)
-    if not labels.is_cuda and len(x) and (labels.min() < -1 or labels.max() >= n_clusters):
+    if _at_hand(labels) and len(x) and (labels.min() < -1 or labels.max() >= n_clusters):
         raise ValueError(f"labels must lie in -1..{n_clusters - 1}, got {labels.min().item()}..{labels.max().item()}")
 
 
@@ -83,6 +83,11 @@ def why_not_fused(x: Tensor) -> list[str]:
     if x.dtype == torch.float64:
         reasons.append("x is float64, which has no kernel")
     return reasons
+
+
+def _at_hand(t: Tensor) -> bool:
+    """Whether values can be looked at: not those of a graph, nor on a GPU, which would have to be waited for."""
+    return not (t.is_cuda or torch.compiler.is_compiling())
 
 
 def _check_beside(x: Tensor, name: str, other: Tensor) -> None:

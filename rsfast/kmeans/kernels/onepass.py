@@ -31,7 +31,7 @@ class _Problem(ctypes.Structure):
 
 def serves(x: Tensor, n_clusters: int, taken: int | None = None) -> bool:
     """Whether there is a one-pass kernel for these rows on their device."""
-    if x.dtype not in DTYPES or x.stride(1) != 1 or not len(x) or _extension.missing(_device(x)):
+    if x.dtype not in DTYPES or x.stride(1) != 1 or not len(x) or not _extension.ready(_device(x)):
         return False
     unit = 16 // x.element_size()  # what one asynchronous copy brings
     if x.shape[1] % unit or x.stride(0) % unit or x.data_ptr() % 16:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import once_differentiable, register
+from rsfast._tiles import rows_apart
 from rsfast.lora.kernels import launch, together
 from rsfast.lora.kernels.parts import lora_expand, lora_shrink
-from rsfast.lora.kernels.plan import flat, rows_apart
+from rsfast.lora.kernels.plan import flat
 
 
 def _fake_fwd(x, weight, bias, lora_A, lora_B, scale, scales, tables, slices, dropout_p, seed, insist, save):

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import once_differentiable, register
+from rsfast._tiles import rows_apart
 from rsfast.lora.kernels.expand import expand
 from rsfast.lora.kernels.launch import batch_of, low_stage
 from rsfast.lora.kernels.outer import outer
-from rsfast.lora.kernels.plan import flat, rows_apart
+from rsfast.lora.kernels.plan import flat
 from rsfast.lora.kernels.shrink import shrink
 
 

@@ -31,11 +31,6 @@ def flat(slices: tuple[tuple[int, int], ...] | None) -> list[int]:
     return numbers
 
 
-def rows_apart(x: Tensor) -> Tensor:
-    """``x`` with contiguous features; rows may be any distance apart."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Who has which adapter; everything None for a layer with one. The tables are those of ``AdapterBatch``."""
