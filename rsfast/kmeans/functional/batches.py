@@ -198,7 +198,7 @@ class _Loop:
         self.ended = None  # the kernel's own state
 
     def run(self, x: Tensor, order: Tensor, exact: bool, ratio: float) -> bool:
-        """The batches that ``order`` names, (steps, B), in one launch; whether the loop has ended, which is waited for."""
+        """The batches that ``order`` names, (steps, B), in one launch; whether the loop has ended: a wait."""
         from rsfast.kmeans.kernels import onepass
 
         if self.ended is None:
