@@ -1,4 +1,4 @@
-"""Floors of the gated adapter, the in-batch losses and layers with LoRA: what no version can run much faster than.
+"""Floors of the adapter, the in-batch losses, layers with LoRA and k-means: what no version can run much faster than.
 
 python -m benchmarks.floors            rewrite the table in benchmarks/NOTES.md
 """
@@ -6,6 +6,9 @@ python -m benchmarks.floors            rewrite the table in benchmarks/NOTES.md
 import math
 import pathlib
 
+import torch
+
+from benchmarks import kmeans
 from benchmarks.arms import ADAPTERS, TIMED, caption_lengths
 from benchmarks.lora import ROWS
 
@@ -15,6 +18,11 @@ START, END = "<!-- floors:start -->", "<!-- floors:end -->"
 # rates of an H200 in units a second: a large copy and a large bf16 product as measured on one before this library was
 # written; exponentials as 16 a clock on each of 132 multiprocessors at 1.755 GHz, which nobody has measured
 COPY, PRODUCTS, EXPONENTIALS = 4.3e12, 790e12, 16 * 132 * 1.755e9
+BARRIER = 2.5e-6  # seconds that all blocks of a grid take to wait for each other; a guess
+MANY = 256  # clusters from which on k-means is bound by products, and sums by label read the rows again
+ROUNDS = 16  # passes over all costs that the size constraint makes
+CACHE = 50e6  # bytes of rows that stay on the chip
+SCANS = 3  # passes that k-means++ by rejection makes
 
 
 # of a loss, forward and backward without S in memory: products of 2 N^2 D operations; exponentials or logarithms a
@@ -87,11 +95,60 @@ def lora_table() -> list[str]:
     return lines
 
 
+def kmeans_work(name: str, shape: kmeans.Shape, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes and operations of an ideal kernel, which computes in bf16 on the parts that operands are split into.
+
+    Exact labels take two products of 16-bit rows and three of fp32 rows; few clusters' sums are one more. With many
+    clusters one product gives all labels but a few, and sums read the rows again.
+    """
+    n, width, k = shape
+    rows, once = n * width * dtype.itemsize, 2 * n * width * k
+    labels = once * (3 if dtype.itemsize == 4 else 2)
+    if name == "kmeans_fit":
+        reads = kmeans.ITERATIONS if rows > CACHE else 1
+        return dict(moved=reads * rows, flops=kmeans.ITERATIONS * (labels + once))
+    if name == "kmeans_minibatch":
+        return dict(moved=kmeans.STEPS * rows, flops=kmeans.STEPS * (labels + once))
+    if name == "kmeans_plusplus":
+        return dict(moved=SCANS * rows, flops=labels)
+    if name.startswith("kmeans_constrained"):
+        return dict(moved=rows + ROUNDS * n * k * 4, flops=labels)
+    if k >= MANY:
+        return dict(moved=rows if name == "kmeans_assign" else 2 * rows, flops=once)
+    return dict(moved=2 * rows if name == "kmeans_step_wide" else rows, flops=labels + once)
+
+
+def kmeans_floor(name: str, shape: kmeans.Shape, dtype: torch.dtype) -> float:
+    """Seconds."""
+    moved, flops = kmeans_work(name, shape, dtype).values()
+    if name == "kmeans_step_many":  # labels first, at the rate of products, then a pass for the sums
+        return flops / PRODUCTS + moved / 2 / COPY
+    loops = {"kmeans_fit": kmeans.ITERATIONS, "kmeans_minibatch": kmeans.STEPS}
+    return max(moved / COPY, flops / PRODUCTS, loops.get(name, 0) * 2 * BARRIER)
+
+
+def kmeans_table() -> list[str]:
+    lines = [
+        "| k-means | shape | dtype | MB | GFLOP | floor, ms | target | target, ms |",
+        "|---|---|---|" + "---:|" * 5,
+    ]
+    for name, row in kmeans.ROWS.items():
+        for shape in row.shapes:
+            for dtype in row.dtypes:
+                moved, flops = kmeans_work(name, shape, dtype).values()
+                aim = kmeans.aims(name, shape, dtype, "auto")
+                cells = [name, "x".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+                cells += [f"{moved / 1e6:.0f}", f"{flops / 1e9:.0f}", f"{1e3 * kmeans_floor(name, shape, dtype):.3g}"]
+                cells += [aim.get("target_name", ""), f"{1e3 * aim['target_seconds']:g}" if aim else ""]
+                lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def notes_with_table() -> str:
     before, _, rest = NOTES.read_text().partition(START)
     return (
         f"{before}{START}\n"
-        + "\n".join([*table(), "", *loss_table(), "", *lora_table()])
+        + "\n".join([*table(), "", *loss_table(), "", *lora_table(), "", *kmeans_table()])
         + f"\n{END}{rest.partition(END)[2]}"
     )
 
