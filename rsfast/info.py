@@ -32,6 +32,7 @@ PROBES = {  # a shape that the recipes use, for each operation with a choice of 
     "kmeans_update": (98304, 1280),
     "kmeans_step": (98304, 1280),
     "kmeans_distances": (98304, 1280),
+    "kmeans_plusplus": (98304, 1280),
 }
 
 

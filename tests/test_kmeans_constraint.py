@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linprog
 
 from rsfast.kmeans import ascend, constrained_assign, dissolve, scaled_bounds, size_bounds
-from rsfast.kmeans.constraint import assign, finish
+from rsfast.kmeans.constraint import assign, finish, fixed
 
 
 def random_costs(rng, ties=False, most=60, dtype=np.float32):
@@ -140,7 +140,9 @@ def test_every_dtype_is_read_as_the_numbers_that_it_holds(dtype):
     found = constrained_assign(costs, 11)
     assert found.labels.equal(constrained_assign(costs.double(), 11).labels)
     strided = torch.stack([costs, costs], -1)[..., 0].requires_grad_()
-    assert found.labels.equal(constrained_assign(strided, 11).labels)
+    again = constrained_assign(strided, 11)
+    assert again.labels.equal(found.labels) and not again.subsidies.requires_grad
+    assert not ascend(strided, found.subsidies, again.counts, again.counts).requires_grad
 
 
 def test_tiny_and_huge_costs_scale():
@@ -149,6 +151,19 @@ def test_tiny_and_huge_costs_scale():
     for scale in (2.0**-900, 2.0**900):
         scaled = constrained_assign(costs * scale, 10)
         assert scaled.labels.equal(found.labels) and scaled.subsidies.equal(found.subsidies * scale)
+
+
+def test_gaps_are_rounded_to_the_nearest_unit():
+    unit = 2.0**-49  # of a spread of 1, which is the first that needs 50 bits
+    costs = torch.tensor([[3.0, 3.0 + 1, 3.0], [0.0, 1.5 * unit + unit / 8, 0.4 * unit]], dtype=torch.float64)
+    assert fixed.as_gaps(costs, fixed.spread_of(costs)).units.T.tolist() == [[0, 2**49, 0], [0, 2, 0]]
+
+
+def test_a_spread_too_small_to_scale_is_a_tie():
+    costs = torch.rand(40, 4, dtype=torch.float64) * 2.0**-1060
+    assert not fixed.as_gaps(costs, fixed.spread_of(costs)).units.any()
+    found = constrained_assign(costs, 9)
+    assert (found.counts >= 9).all() and found.subsidies.isfinite().all()
 
 
 def test_subsidies_are_a_start_that_saves_the_climb(monkeypatch):
@@ -300,5 +315,7 @@ def test_dissolve_sends_members_to_their_nearest_large_cluster():
     assert 1 < len(large) < 8 - counts.count(0)
     for row, (old, new) in enumerate(zip(labels.tolist(), after.tolist(), strict=True)):
         assert new == (old if old in large else min(large, key=lambda k: costs[row, k].item()))
+    smallest = min(counts[k] for k in large)
+    assert dissolve(costs, labels, size_min=smallest).equal(after)  # as many points as the bound are enough
     assert dissolve(costs, labels, size_min=0).equal(labels)
     assert dissolve(costs[:0], labels[:0], size_min=3).shape == (0,)

@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
 import rsfast
+from rsfast.kmeans.estimators.start import tolerance
 from rsfast.kmeans.functional import batches, lloyd, loop, minibatch, minibatch_step
 
 KINDS = (rsfast.KMeans, rsfast.MiniBatchKMeans)
@@ -149,7 +150,7 @@ def test_seldom_looks_change_nothing(monkeypatch):
 
 def test_the_best_of_several_starts_is_kept():
     x = blobs()
-    inertias = [rsfast.KMeans(8, init="random", n_init=n, random_state=1).fit(x).inertia_ for n in (1, 2, 3, 10)]
+    inertias = [rsfast.KMeans(8, init="random", n_init=n, random_state=1).fit(x).inertia_ for n in range(1, 11)]
     assert inertias == sorted(inertias, reverse=True) and inertias[0] > inertias[-1]
     assert rsfast.KMeans(8, init="random", random_state=1).fit(x).inertia_ == inertias[-1]  # auto
 
@@ -171,7 +172,7 @@ def test_one_seed_gives_the_same_bits(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_and_autocast_stay_outside(kind):
-    x = torch.from_numpy(blobs(dtype=np.float32))
+    x = torch.from_numpy(np.random.default_rng(0).random((400, 6), dtype=np.float32)) + 5  # nothing bf16 could decide
     plain = kind(5, random_state=0).fit(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         other = kind(5, random_state=0).fit(x.clone().requires_grad_())
@@ -235,6 +236,40 @@ def test_poor_centres_become_rows_of_the_batch():
     few = minibatch_step(batch[:3], centers, counts, reassignment_ratio=1.0)  # one at most: the least count
     assert few.centers[1:].flatten().tolist() == [-1.0, 100.0, -3.0] and few.counts.tolist() == [13, 1, 1, 5]
     assert minibatch_step(batch, centers, counts).counts.tolist() == [18, 1, 0, 5]
+
+
+def test_poor_centres_are_looked_at_every_ten_rows_a_cluster():
+    """Or at once, where one has no weight yet. 30 rows for 3 clusters; each batch of 8 goes to centre 0."""
+    batch, stream = np.ones((8, 1)), rsfast.MiniBatchKMeans(3, init=[[1.0], [50.0], [60.0]], random_state=0)
+    stream.partial_fit(np.array([[1.0], [1], [1], [1], [50], [60]]))  # all counts are 0: looked at, none is poor
+    stream.set_params(reassignment_ratio=0.3)
+    kept = [stream.partial_fit(batch).cluster_centers_[2, 0] == 60 for _ in range(4)]
+    assert kept == [True, True, True, False]  # rows since: 8, 16, 24, 32
+
+
+def test_the_first_batch_tells_nothing_and_the_last_ones_end_it():
+    """All rows lie on their centre from the second batch on: what follows is no improvement on nothing."""
+    x = torch.zeros(20, 1)
+    options = dict(batch_size=4, max_steps=50, reassignment_ratio=0)
+    for patience in (1, 3):
+        got = minibatch(x, torch.ones(1, 1), max_no_improvement=patience, **options)
+        assert got.n_steps == 2 + patience
+    assert minibatch(x, torch.ones(1, 1), max_no_improvement=None, **options).n_steps == 50
+    assert minibatch(x, torch.ones(1, 1), max_no_improvement=None, tol=1e-9, **options).n_steps == 2
+
+
+def test_a_batch_is_no_larger_than_the_data():
+    found = rsfast.MiniBatchKMeans(2, max_iter=3, max_no_improvement=None, random_state=0).fit(blobs(n=60))
+    assert found.n_steps_ == 3 and found.n_iter_ == 3 and found.counts_.sum() == 180
+    found = rsfast.MiniBatchKMeans(2, max_iter=3, max_no_improvement=None, batch_size=25).fit(blobs(n=60))
+    assert found.n_steps_ == 7 and found.n_iter_ == 3
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_tolerance_is_a_share_of_the_mean_variance(kind):
+    x = (blobs(n=3000, offset=20.0) * np.array([1, 2, 3, 1, 0.1, 0])).astype(kind)
+    expected = 0.5 * x.astype(np.float64).var(0).mean()
+    np.testing.assert_allclose(tolerance(torch.from_numpy(x), 0.5), expected, rtol=1e-12)
 
 
 def test_batches_are_drawn_by_weight():

@@ -7,10 +7,12 @@ from scipy.optimize import linprog
 
 import rsfast
 from rsfast.kmeans import scaled_bounds, size_bounds
+from rsfast.kmeans.estimators.sizes import _certified
 
 KINDS = (rsfast.KMeans, rsfast.MiniBatchKMeans)
-torch.manual_seed(0)
-X = torch.cat([torch.randn(90, 3), torch.randn(20, 3) + 6, torch.randn(10, 3) - 6])
+X = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
+X[90:110] += 6
+X[110:] -= 6
 
 
 def least_cost(costs, lower, upper):
@@ -31,7 +33,7 @@ def least_cost(costs, lower, upper):
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_labels_are_the_cheapest_that_keep_the_bounds(kind, asked, weighted):
-    w = torch.rand(120).double() + 0.5 if weighted else None
+    w = X[:, 0].sigmoid().double() + 0.5 if weighted else None
     x = X.double()
     found = kind(5, random_state=0, **asked).fit(x, sample_weight=w)
     asked = {name: torch.tensor(v) if isinstance(v, list) else v for name, v in asked.items()}
@@ -43,6 +45,19 @@ def test_labels_are_the_cheapest_that_keep_the_bounds(kind, asked, weighted):
     reduced = costs - found.subsidies_
     chosen = reduced.gather(1, found.labels_[:, None])[:, 0]
     assert (chosen - reduced.min(1).values).max() < 1e-9 and (found.subsidies_ != 0).any()
+
+
+def test_a_certificate_that_does_not_hold_is_seen():
+    costs, ones, most = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.ones(2).long(), torch.full((2,), 2)
+    good = torch.tensor([0, 1]), torch.tensor([0.0, 1.5]).double(), ones
+    assert _certified(costs, *good, ones, most)
+    for labels, subsidies, counts, least in (
+        (torch.tensor([1, 0]), good[1], ones, ones),  # another order costs more
+        (good[0], torch.tensor([0.0, 4.0]).double(), ones, ones),  # row 0 would go too
+        (good[0], good[1], ones, 0 * ones),  # paid for a bound that is not in the way
+        (good[0], good[1], ones, 2 * ones),  # too few
+    ):
+        assert not _certified(costs, labels, subsidies, counts, least, most)
 
 
 def test_the_user_writes_one_line():
@@ -90,15 +105,17 @@ def test_bounds_that_are_not_in_the_way_change_nothing():
 
 
 def test_a_stream_is_steered_to_balance():
-    x = torch.cat([torch.randn(1900, 4), torch.randn(100, 4) + 4])[torch.randperm(2000)]
-    free, bound = (rsfast.MiniBatchKMeans(5, rho=rho, init=x[:5], reassignment_ratio=0) for rho in (None, 1.25))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 4, generator=g) + 4 * (torch.arange(2000) % 20 == 0)[:, None]  # one row in twenty is far
+    init = torch.cat([x[1:5], torch.full((1, 4), 4.0)])
+    free, bound = (rsfast.MiniBatchKMeans(5, rho=rho, init=init, reassignment_ratio=0) for rho in (None, 1.25))
     for rows in x.split(200):
         free.partial_fit(rows)
         bound.partial_fit(rows)
         lower, _ = scaled_bounds(*size_bounds(5 * 2**20, 5, rho=1.25), 5 * 2**20, 200)
         assert bound.labels_.bincount(minlength=5).min() >= lower.min() >= 31 and bound.certified_
     share = {name: (m.counts_.min() / m.counts_.sum()).item() for name, m in (("free", free), ("bound", bound))}
-    assert share["free"] < 0.13 < 0.15 < share["bound"]
+    assert share["free"] < 0.08 < 0.14 < share["bound"]
 
 
 def test_subsidies_persist_from_batch_to_batch():

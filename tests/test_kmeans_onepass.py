@@ -5,6 +5,7 @@ import torch
 
 from rsfast import _extension
 from rsfast.kmeans import reference
+from rsfast.kmeans.functional import lloyd, minibatch
 from rsfast.testing import assert_within_budget
 from tests.case import BF16, FP16, FP32
 
@@ -247,3 +248,24 @@ def test_registration(device):
         (onepass.minibatch, (x, centers, counts, order, True, 0.0, 0.1, 0, 0.0, onepass.fresh_status(x))),
     ):
         torch.library.opcheck(op, args)
+
+
+def test_lloyd_runs_in_one_launch_and_reseeds_empty_clusters(device):
+    x, _ = data(200, 64, 6, FP32, device, spread=3.0)
+    start = x[:6].clone()
+    start[3] = 1e3
+    for first in (x[:6], start):
+        plain = lloyd(x, first, tol=0.0, impl="reference")
+        fused = lloyd(x, first, tol=0.0, impl="fused")
+        assert torch.equal(fused.labels, plain.labels) and fused.n_iter == plain.n_iter
+        assert torch.equal(fused.counts, plain.counts) and fused.counts.min() > 0
+        torch.testing.assert_close(fused.centers, plain.centers, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("patience, ratio", ((None, 0.0), (3, 0.0), (10, 0.5)))
+def test_minibatches_run_in_few_launches(patience, ratio, device):
+    x, _ = data(300, 64, 6, FP32, device, spread=2.0)
+    options = dict(batch_size=32, max_steps=70, max_no_improvement=patience, reassignment_ratio=ratio, seed=5)
+    plain, fused = (minibatch(x, x[:6], impl=impl, **options) for impl in ("reference", "fused"))
+    assert fused.n_steps == plain.n_steps and torch.equal(fused.counts, plain.counts)
+    torch.testing.assert_close(fused.centers, plain.centers, rtol=1e-5, atol=1e-5)

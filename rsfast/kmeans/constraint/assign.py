@@ -74,7 +74,6 @@ def constrained_assign(
     lower, upper = size_bounds(*costs.shape, size_min=size_min, size_max=size_max)
     check_numbers(costs, "subsidies", subsidies, costs.shape[1])
     way = _way(impl, costs)
-    costs = costs.detach()
     labels = costs.argmin(1)
     counts, zeros = torch.bincount(labels, minlength=costs.shape[1]), costs.new_zeros(costs.shape[1]).double()
     if not len(costs):
@@ -141,7 +140,6 @@ def ascend(
     way = _way(impl, costs)
     if not len(costs):
         return subsidies.double()
-    costs = costs.detach()
     spread = spread_of(costs)
     _check_finite(costs, spread)
     lower, upper = lower.to(costs.device), upper.to(costs.device)

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsfast._dispatch import Impl
+from rsfast._dispatch import Impl, use_fused
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
 from rsfast.kmeans.functional.draws import Weighted, rows_of, uniforms
-from rsfast.kmeans.functional.loop import patience, total
+from rsfast.kmeans.functional.loop import one_launch, patience, total
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_update
+
+STEPS_AT_ONCE = 64  # of one launch, after which it is asked whether they were enough
 
 
 class MiniBatch(NamedTuple):
@@ -161,6 +163,15 @@ def minibatch(
     draw = (lambda u: rows_of(u, len(x))) if weights is None else Weighted(weights).rows
     loop = _Loop(x, centers, batch_size, tol, max_no_improvement)
     subsidies = None if subsidise is None else torch.zeros_like(loop.counts)
+    exact = checks.check_precision(precision)
+    at_once = STEPS_AT_ONCE if subsidise is None and use_fused(impl, checks.why_not_fused(x)) else 0
+    if at_once and one_launch(x, centers, batch_size):
+        for first in range(0, max_steps, at_once):
+            numbers = range(first, min(first + at_once, max_steps))
+            order = torch.stack([draw(uniforms(seed, number, batch_size, x.device)) for number in numbers])
+            if loop.run(x, order, exact, reassignment_ratio):
+                break
+        return MiniBatch(loop.centers, loop.counts, loop.n_steps, subsidies)
     for number in range(max_steps):
         batch = x[draw(uniforms(seed, number, batch_size, x.device))]
         if subsidise is not None:
@@ -184,6 +195,19 @@ class _Loop:
         self.done = torch.zeros((), dtype=torch.bool, device=x.device)
         self.batch_size, self.tol, self.patience = batch_size, tol, max_no_improvement
         self.rate = min(1.0, 2.0 * batch_size / (len(x) + 1))
+        self.ended = None  # the kernel's own state
+
+    def run(self, x: Tensor, order: Tensor, exact: bool, ratio: float) -> bool:
+        """The batches that ``order`` names, (steps, B), in one launch; whether the loop has ended: a wait."""
+        from rsfast.kmeans.kernels import onepass
+
+        if self.ended is None:
+            self.ended = onepass.fresh_status(x)
+        self.centers, self.counts, self.ended = onepass.minibatch(
+            x, self.centers, self.counts, order, exact, self.tol, self.rate, self.patience or 0, ratio, self.ended
+        )
+        self.n_steps, outcome = onepass.counts_of(self.ended)
+        return bool(outcome != onepass.RAN_OUT)
 
     def ratio(self, ratio: float) -> Tensor:
         """``ratio`` where centres are to be looked at this time, else 0."""

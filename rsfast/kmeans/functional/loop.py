@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsfast._dispatch import Impl
+from rsfast._dispatch import Impl, use_fused
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_step, kmeans_update
@@ -90,8 +90,12 @@ def lloyd(
 
     loop = _Loop(x, centers, tol)
     look, steps = 1, 0
+    exact = checks.check_precision(precision)
+    whole = label is None and weights is None and use_fused(impl, checks.why_not_fused(x)) and one_launch(x, centers)
     while steps < max_iter:
-        for _ in range(min(look, max_iter - steps)):
+        if whole:
+            loop.run(x, max_iter - steps, exact)
+        for _ in range(0 if whole else min(look, max_iter - steps)):
             if label is None:
                 step = kmeans_step(x, loop.centers, weights=weights, **options)
                 loop.advance(step.labels, step.sums, step.counts)
@@ -107,6 +111,13 @@ def lloyd(
         look = min(2 * look, patience(x))
     labels, distances = labelled()
     return Lloyd(loop.centers, labels, weigh(x, labels, len(centers), weights), total(distances, weights), loop.n_iter)
+
+
+def one_launch(x: Tensor, centers: Tensor, batch_size: int | None = None) -> bool:
+    """Whether a kernel takes all steps; asked only where kernels run."""
+    from rsfast.kmeans.kernels import onepass
+
+    return onepass.serves(x, len(centers), batch_size)
 
 
 class _Loop:
@@ -129,6 +140,16 @@ class _Loop:
         self.centers = torch.where(took, means, self.centers)
         self.n_iter = self.n_iter + took
         self.labels = labels
+
+    def run(self, x: Tensor, steps: int, exact: bool) -> None:
+        """All steps until one ends the loop or leaves a cluster empty, in one launch."""
+        from rsfast.kmeans.kernels import onepass
+
+        self.centers, self.labels, ended = onepass.lloyd(x, self.centers, self.labels, exact, steps, self.tol)
+        taken, outcome = onepass.counts_of(ended)
+        self.n_iter = self.n_iter + taken
+        empty, ran_out = outcome == onepass.EMPTY_CLUSTER, outcome == onepass.RAN_OUT
+        self.status = torch.where(empty, _EMPTY, torch.where(ran_out, _RUNNING, _DONE))
 
     def reseed(self, x: Tensor, labels: Tensor, distances: Tensor, weights: Tensor | None, impl: Impl) -> None:
         """The step that ``advance`` did not take: far rows go to the empty clusters first."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rsfast._dispatch import Impl
 from rsfast.kmeans.functional import checks
+from rsfast.kmeans.functional.checks import why_not_fused as why_not_fused  # `rsfast info` asks for it here
 from rsfast.kmeans.functional.draws import Weighted, child, seed_of, uniforms
 from rsfast.kmeans.functional.steps import kmeans_assign
 

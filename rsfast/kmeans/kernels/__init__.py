@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rsfast._dispatch import register
 from rsfast._tiles import rows_apart
+from rsfast.kmeans.kernels import onepass
 from rsfast.kmeans.kernels.assign import nearest
 from rsfast.kmeans.kernels.pairwise import distances
 from rsfast.kmeans.kernels.update import update
@@ -19,7 +20,13 @@ def _assign(x, centers, subsidies, exact):
 
 
 def _step(x, centers, weights, subsidies, exact):
-    """``inertia = sum w ||x - m||^2 - 2 sum_k (c_k - m) . (S_k - n_k m) + sum_k n_k ||c_k - m||^2``."""
+    """In one pass where that kernel serves, else in two, with
+    ``inertia = sum w ||x - m||^2 - 2 sum_k (c_k - m) . (S_k - n_k m) + sum_k n_k ||c_k - m||^2``."""
+    if weights is None and onepass.serves(x, len(centers)):
+        labels, sums, counts, energy = onepass.step(x, centers, subsidies, exact)
+        c = centers.double()
+        inertia = energy - 2 * (c * sums.double()).sum() + counts @ c.square().sum(1)
+        return labels, sums, counts, inertia.clamp(min=0)
     labels, squares, ready = nearest(x, centers, subsidies, exact, distances=False)
     sums, counts = update(x, labels, len(centers), weights)
     squares = squares.double()

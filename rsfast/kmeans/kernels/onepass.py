@@ -175,7 +175,13 @@ minibatch = register(
 )
 
 
+def counts_of(status: Tensor) -> tuple[Tensor, Tensor]:
+    """Iterations and how they ended, on the device."""
+    iterations, outcome = status[:1].view(torch.int32).long()
+    return iterations, outcome
+
+
 def read_status(status: Tensor) -> tuple[int, int]:
-    """Iterations and how they ended; waits for the device."""
-    iterations, outcome = status[:1].view(torch.int32).tolist()
+    """The same as numbers; waits for the device."""
+    iterations, outcome = torch.stack(counts_of(status)).tolist()
     return iterations, outcome
