@@ -80,6 +80,7 @@ int teams_at_once(int members) {
 
 template <class Tile>
 int64_t serve(const Call& call) {
+  static_assert(sizeof(Shared<Tile>) <= 227 * 1024, "no GPU gives a block so much shared memory");
   const int members = (call.width + Tile::kSlice - 1) / Tile::kSlice, padded_width = members * Tile::kSlice;
   const int64_t tiles = (call.taken + Tile::kRows - 1) / Tile::kRows;
   const int teams = int(std::min<int64_t>(teams_at_once<Tile>(members), std::max<int64_t>(tiles, 1)));
