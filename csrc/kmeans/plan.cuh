@@ -1,6 +1,7 @@
 // Which one-pass kernel serves a shape, with how many blocks, and where its workspace lies.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/launch.h"
 #include "kmeans.h"
@@ -137,18 +138,20 @@ template <class T>
 int64_t serve_dtype(const Call& call) {
   if (call.clusters < 1 || call.width < 1) return RSF_NOT_SERVED;
   if (call.clusters <= 32) {
-    const int members = (call.width + 319) / 320;
+    const int members = (call.width + 255) / 256;
     if (members > 8) return RSF_NOT_SERVED;
     switch ((call.width + 64 * members - 1) / (64 * members)) {
       case 1: return serve<Tile<T, 4, 1, 4>>(call);
       case 2: return serve<Tile<T, 4, 2, 4>>(call);
       case 3: return serve<Tile<T, 4, 3, 4>>(call);
-      case 4: return serve<Tile<T, 4, 4, 4>>(call);
-      default: return serve<Tile<T, 4, 5, 4>>(call);
+      default: return serve<Tile<T, 4, 4, 4>>(call);
     }
   }
-  if (call.clusters > 64 || call.width > 2048) return RSF_NOT_SERVED;
-  return call.width <= 128 ? serve<Tile<T, 8, 1, 8>>(call) : serve<Tile<T, 8, 2, 8>>(call);
+  constexpr bool kNarrow = std::is_same_v<T, Fp16>;  // its wider kernel would not fit the registers
+  if (call.clusters > 64 || call.width > (kNarrow ? 1024 : 2048)) return RSF_NOT_SERVED;
+  if constexpr (!kNarrow)
+    if (call.width > 128) return serve<Tile<T, 8, 2, 8>>(call);
+  return serve<Tile<T, 8, 1, 8>>(call);
 }
 
 int64_t serve_fp32(const Call& call);
