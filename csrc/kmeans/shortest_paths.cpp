@@ -148,8 +148,7 @@ class Graph {
   bool free(int64_t a, int64_t b) const {
     if (b == hub_) return sizes_[a] < upper_[a] && subsidies_[a] == 0;
     if (a == hub_) return sizes_[b] > lower_[b] && subsidies_[b] == 0;
-    const int64_t weight = weight_[a * hub_ + b];
-    return weight < floor_[a * hub_ + b] && weight + subsidies_[a] == subsidies_[b];
+    return weight_[a * hub_ + b] + subsidies_[a] == subsidies_[b];  // as before the push, so below the floor as then
   }
 
   const int64_t hub_, *lower_, *upper_, *gaps_;

@@ -143,5 +143,5 @@ class _Graph:
             return self.sizes[a] < self.upper[a] and self.subsidies[a] == 0
         if a == self.hub:
             return self.sizes[b] > self.lower[b] and self.subsidies[b] == 0
-        weight = self.weight[a, b]
-        return weight < self.floor[a, b] and weight + self.subsidies[a] == self.subsidies[b]
+        # as before the push, so below the floor as then
+        return self.weight[a, b] + self.subsidies[a] == self.subsidies[b]
