@@ -246,6 +246,25 @@ def test_poor_centres_are_looked_at_every_ten_rows_a_cluster():
     kept = [stream.partial_fit(batch).cluster_centers_[2, 0] == 60 for _ in range(4)]
     assert kept == [True, True, True, False]  # rows since: 8, 16, 24, 32
 
+    state = batches._Loop(torch.zeros(20, 1), torch.zeros(3, 1), 8, 0.0, None)
+    assert [state.ratio(0.5).item() for _ in range(2)] == [0.5, 0.5]  # as long as a count is 0
+    state.counts += 1
+    assert [state.ratio(0.5).item() for _ in range(8)] == [0, 0, 0, 0.5] * 2
+
+
+def test_a_stream_keeps_its_seed():
+    x = blobs(n=50)
+    found = []
+    for seed in (5, 5, 6):
+        stream = rsfast.MiniBatchKMeans(6, init=x[:6] + 50 * np.arange(6)[:, None], random_state=seed)
+        found.append(stream.partial_fit(x).partial_fit(x).partial_fit(x).cluster_centers_)
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
+    stream = rsfast.MiniBatchKMeans(6, init=x[:6] + 50 * np.arange(6)[:, None], random_state=5, reassignment_ratio=0)
+    stream.partial_fit(x).set_params(reassignment_ratio=1)
+    other = copy.deepcopy(stream)
+    other._seed += 1
+    assert not np.array_equal(stream.partial_fit(x).cluster_centers_, other.partial_fit(x).cluster_centers_)
+
 
 def test_the_first_batch_tells_nothing_and_the_last_ones_end_it():
     """All rows lie on their centre from the second batch on: what follows is no improvement on nothing."""
