@@ -44,7 +44,7 @@ def test_matches_float64(case, shape, dtype, impl, device):
     given = data(shape, dtype, device)
     gold = fields(case.call(given._replace(x=given.x.double()), impl="reference"))
     plain = fields(case.call(given, impl="reference"))
-    (n, d, k), size = shape, given.x.double().abs().max().item() if shape[0] else 0.0
+    (n, d, _), size = shape, given.x.double().abs().max().item() if shape[0] else 0.0
     for name, ours in fields(case.call(given, impl=impl)).items():
         if name == "labels":
             subsidies = case.pack(given)[1].get("subsidies")

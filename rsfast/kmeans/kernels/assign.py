@@ -1,7 +1,7 @@
 """Nearest centres. Few: all in one tile, a row is read once. Many: tile after tile, with one part of the centres.
 
-Rows whose label the scores leave in doubt go to a list on the device, which ``recheck.py`` works off. Of many centres the
-three best are known, and those rows whose fourth may be the nearest too are listed from the end.
+Rows whose label the scores leave in doubt go to a list on the device, which ``recheck.py`` works off. Of many centres
+the three best are known, and those rows whose fourth may be the nearest too are listed from the end.
 """
 
 import torch
@@ -151,8 +151,8 @@ def _launch(
     outputs = (labels, numbers, numbers) if few else (labels, numbers, numbers, chosen)
     kernel = few_kernel if few else many_kernel
     kernel[(cdiv(len(x), plan.BLOCK_M),)](
-        source, x, *operands, ready.middle, ready.bias, ready.limits, ready.scale, ready.given, *outputs, listed, counts,
-        len(x), x.shape[1], x.stride(0), len(ready.high), ready.high.shape[1],
+        source, x, *operands, ready.middle, ready.bias, ready.limits, ready.scale, ready.given, *outputs, listed,
+        counts, len(x), x.shape[1], x.stride(0), len(ready.high), ready.high.shape[1],
         EXACT=exact, DISTANCES=distances, SQUARES=not distances, CENTRED=x.dtype == torch.float32, TMA=tma,
         **plan.options(),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Sums by label where there are many: rows in the order of their labels, each cluster's added up in pieces.
 
-A piece has at most PIECE rows, so that one huge cluster does not keep a single program; the pieces of a cluster are added
-up in their order.
+A piece has at most PIECE rows, so that one huge cluster does not keep a single program; the pieces of a cluster are
+added up in their order.
 """
 
 import torch
@@ -58,9 +58,7 @@ def segments_kernel(
 
 
 @triton.jit
-def pieces_kernel(
-    pieces_ptr, spare_ptr, part_ptr, part_counts_ptr, sums_ptr, counts_ptr, width, BLOCK_D: tl.constexpr
-):
+def pieces_kernel(pieces_ptr, spare_ptr, part_ptr, part_counts_ptr, sums_ptr, counts_ptr, width, BLOCK_D: tl.constexpr):
     """The sum of a cluster's partial sums, if it has several."""
     k = tl.program_id(0).to(tl.int64)
     pieces = tl.load(pieces_ptr + k + 1) - tl.load(pieces_ptr + k)
