@@ -27,7 +27,7 @@ def centers_kernel(
 ):  # fmt: skip
     """c' of a few centres in two parts, their biases (with one part, with both), and what bounds the scores' errors.
 
-    Of 16-bit rows, ``x . r`` of what the parts r leave out is ``(x - m) . r + m . r``, and the bias has the second term.
+    Of 16-bit rows, ``x . r`` of what the parts r leave out is ``(x - m) . r + m . r``; the bias has the second term.
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside, at = k < centers, k[:, None].to(tl.int64)

@@ -128,5 +128,5 @@ def recheck(
         labels, distances, listed, counts, len(x), x.shape[1], x.stride(0), K, ready.high.shape[1],
         DISTANCES=distances is not None, CENTRED=x.dtype == torch.float32,
         BLOCK_M=block_m, BLOCK_K=64, BLOCK_D=step, BLOCK=32,
-        num_warps=8 if block_m == 64 else 4, num_stages=2 if block_m == 64 else 3,
+        num_warps=8 if block_m == 64 else 4, num_stages=2,
     )  # fmt: skip
