@@ -84,6 +84,11 @@ def rows_apart(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def roomy(sm: int) -> bool:
+    """Whether a program may have 163 KB of shared memory or more; GPUs of workstations and notebooks have 99."""
+    return sm in (80, 90, 100, 103)
+
+
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """Programs that run at the same time."""

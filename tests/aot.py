@@ -28,6 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import rsfast
 from rsfast import _dispatch
+from tests import kmeans_cases
+from tests.kmeans_cases import KMeansCase, data
 
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -62,6 +64,8 @@ def record(cases, dtypes, target):
 
 
 def _call(case, shape, dtype):
+    if isinstance(case, KMeansCase):
+        return case.call(data(shape, dtype, "cpu"), impl="fused")
     tensors = [t.requires_grad_() for t in case.inputs(shape, dtype, "cpu")]
     y = case.call(case.public, tensors, impl="fused")
     torch.autograd.grad(y, tensors, y)
@@ -131,7 +135,7 @@ def main():
     from benchmarks.arms import TIMED
     from tests.cases import CASES
 
-    rows = {case.name: case for case in CASES if options.all or case.ahead} | TIMED
+    rows = {case.name: case for case in (*CASES, *kmeans_cases.CASES) if options.all or case.ahead} | TIMED
     cases = [case for name, case in rows.items() if options.cases in name and case.has_kernel()]
     dtypes = [getattr(torch, name) for name in options.dtypes]
     for target in options.targets:

@@ -62,11 +62,11 @@ CASES = (
     KMeansCase("assign", rsfast.kmeans_assign, lambda d: ((d.x, d.centers), {}), NEAR, ((512, 1024, 1024),)),
     KMeansCase(
         "assign_subsidies", rsfast.kmeans_assign, lambda d: ((d.x, d.centers), {"subsidies": d.subsidies}),
-        NEAR[2:3] + NEAR[-1:], ((512, 1024, 128),),
+        NEAR[2:3] + NEAR[-1:], (),
     ),
     KMeansCase(
         "update", rsfast.kmeans_update, lambda d: ((d.x, d.labels, len(d.centers)), {}),
-        SUMS, ((4096, 1280, 256), (4096, 1024, 1024)),
+        SUMS, ((4096, 1024, 1024),),
     ),
     KMeansCase(
         "update_weights", rsfast.kmeans_update, lambda d: ((d.x, d.labels, len(d.centers)), {"weights": d.weights}),
@@ -76,7 +76,7 @@ CASES = (
     KMeansCase(
         "step_all", rsfast.kmeans_step,
         lambda d: ((d.x, d.centers), {"weights": d.weights, "subsidies": d.subsidies}),
-        NEAR[:3], ((4096, 1280, 32),),
+        NEAR[:3], ((4096, 1024, 32),),
     ),
     KMeansCase("distances", rsfast.kmeans_distances, lambda d: ((d.x, d.centers), {}), NEAR, ((512, 1024, 64),)),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import capability
-from rsfast._tiles import cdiv, multiprocessors, pad
+from rsfast._tiles import cdiv, multiprocessors, pad, roomy
 
 FEW = 128  # centres up to which all scores of a row are in one tile, with both parts of the centres
 CHUNK = 4096  # rows whose labels one program counts
@@ -27,20 +27,31 @@ class Tiles:
 def few_tiles(x: Tensor, centers: int) -> Tiles:
     """A step over the features is always as long, so that one bound of the errors serves all."""
     block_k = pad(centers)
-    block_m = 128 if block_k <= 64 else 64
-    return Tiles(min(block_m, pad(len(x))), block_k, 64, 4 if block_k <= 32 else 8, 3)
+    block_m = (128 if block_k <= 64 else 64) // (1 if _aligned(x) else 4)
+    stages = 3 if roomy(capability(x.device)) else 2
+    return Tiles(min(block_m, pad(len(x))), block_k, 64, 4 if block_k <= 32 else 8, stages)
 
 
 def many_tiles(x: Tensor, centers: int) -> Tiles:
-    # wider ones do not fit the registers of fp32 rows, which are split there, nor workstations' shared memory
-    wide = 90 <= capability(x.device) < 120 and x.element_size() == 2
-    return Tiles(min(128, pad(len(x))), 256 if wide else 128, 64, 8, 4 if wide else 3)
+    # wider ones do not fit the registers of fp32 rows, which are split there
+    narrow = x.element_size() == 4
+    if not _aligned(x):
+        return Tiles(min(64, pad(len(x))), 128, 64, 8, 2)
+    if not roomy(capability(x.device)):
+        return Tiles(min(64 if narrow else 128, pad(len(x))), 128, 64, 8, 2)
+    if narrow or capability(x.device) < 90:
+        return Tiles(min(128, pad(len(x))), 128, 64, 8, 3)
+    return Tiles(min(128, pad(len(x))), 256, 64, 8, 4)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether all rows begin at multiples of 16 bytes; others are read a number at a time, each with its address."""
+    return not (x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16)
 
 
 def tma_reads(x: Tensor) -> bool:
-    """Whether descriptors can read the rows: they want addresses that are multiples of 16 bytes."""
-    size = x.element_size()
-    return capability(x.device) >= 90 and not (x.data_ptr() % 16 or x.stride(0) * size % 16)
+    """Whether descriptors can read the rows."""
+    return capability(x.device) >= 90 and _aligned(x)
 
 
 def sums_by_product(x: Tensor, clusters: int, weighted: bool) -> bool:

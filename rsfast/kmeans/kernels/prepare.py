@@ -25,9 +25,9 @@ def centers_kernel(
     centers_ptr, middle_ptr, largest_ptr, subsidies_ptr, high_ptr, low_ptr, bias_ptr, sizes_ptr, scale_ptr,
     width, padded, centers, CENTRED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """c' of a few centres in two parts, their biases (with one part and with both), and what bounds the scores' errors.
+    """c' of a few centres in two parts, their biases (with one part, with both), and what bounds the scores' errors.
 
-    Of 16-bit rows, ``x . r`` of what the parts r leave out is ``(x - m) . r + m . r``, and the bias has the latter.
+    Of 16-bit rows, ``x . r`` of what the parts r leave out is ``(x - m) . r + m . r``; the bias has the second term.
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside, at = k < centers, k[:, None].to(tl.int64)
@@ -173,6 +173,6 @@ def prepare(x: Tensor, centers: Tensor, subsidies: Tensor | None, step_few: int)
         CENTRED=centred, BLOCK_K=group, BLOCK_D=step, num_warps=4,
     )  # fmt: skip
     limits_kernel[(1,)](
-        sizes, middle, scale, limits, K, padded, CENTRED=centred, STEP_FEW=step_few, BLOCK=1024, num_warps=4
+        sizes, middle, scale, limits, K, padded, CENTRED=centred, STEP_FEW=step_few, BLOCK=512, num_warps=4
     )  # fmt: skip
     return Centers(centers, subsidies, high, low, middle, bias, limits, scale)

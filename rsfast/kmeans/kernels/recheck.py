@@ -11,7 +11,7 @@ from torch import Tensor
 from rsfast._tiles import cdiv, multiprocessors, pad
 from rsfast.kmeans.kernels.plan import FEW, few_tiles
 from rsfast.kmeans.kernels.prepare import Centers
-from rsfast.kmeans.kernels.tiles import WIDE, error_of, products
+from rsfast.kmeans.kernels.tiles import error_of, products
 
 LAST = tl.constexpr(2**31 - 1)
 CHOICE = 4  # centres that choose_kernel holds, a power of two above those that many_kernel names
@@ -47,14 +47,16 @@ def choose_kernel(
 
 
 @triton.jit
-def _apart(x_ptr, centers_ptr, r, k, width, pitch, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float64)
+def _apart(x_ptr, centers_ptr, r, k, mine, width, pitch, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
+    """||x - c||^2 of one row and some of a tile's centres; every centre's numbers are added up in the same order."""
+    total = tl.zeros([BLOCK_K, BLOCK], tl.float64)
     for first in tl.range(0, width, BLOCK):
         d = first + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + r * pitch + d, mask=d < width, other=0.0).to(tl.float64)
-        c = tl.load(centers_ptr + k.to(tl.int64) * width + d, mask=d < width, other=0.0).to(tl.float64)
-        total += (x - c) * (x - c)
-    return tl.sum(total, 0)
+        mask = mine[:, None] & (d < width)[None, :]
+        c = tl.load(centers_ptr + k[:, None].to(tl.int64) * width + d[None, :], mask=mask, other=0.0).to(tl.float64)
+        total += (x[None, :] - c) * (x[None, :] - c)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -85,23 +87,24 @@ def search_kernel(
             score = tl.where((k < centers)[None, :], bias[None, :] - 2 * acc, float("inf"))
             least = tl.minimum(least, tl.min(score, 1))
             limit = least + 2 * error_of(squares, limits_ptr + 2)
-            open_ = inside[:, None] & (k < centers)[None, :] & ~(score > limit[:, None])
-            pairs = tl.where(open_, j[None, :] * BLOCK_M + i[:, None], LAST)  # of a row, low columns first
-            pair = tl.min(tl.min(pairs, 1), 0)
-            while pair < LAST:
-                here, label = pair % BLOCK_M, column + pair // BLOCK_M
-                distance = _apart(
-                    x_ptr, centers_ptr, tl.sum(tl.where(i == here, r, 0), 0), label, width, pitch, BLOCK
-                )  # fmt: skip
+            near = inside[:, None] & (k < centers)[None, :] & ~(score > limit[:, None])
+            waiting = tl.max(near.to(tl.int32), 1)
+            while tl.max(waiting, 0) > 0:
+                here = i == tl.min(tl.where(waiting > 0, i, BLOCK_M), 0)
+                mine = tl.max(tl.where(here[:, None], near.to(tl.int32), 0), 0) > 0
+                row = tl.sum(tl.where(here, r, 0), 0)
+                distance = _apart(x_ptr, centers_ptr, row, k, mine, width, pitch, BLOCK_K, BLOCK)
                 value = distance
                 if subsidies_ptr is not None:
-                    value -= tl.load(subsidies_ptr + label).to(tl.float64)
-                better = (i == here) & (value < best)
-                best = tl.where(better, value, best)
-                distances = tl.where(better, distance, distances)
-                labels = tl.where(better, label, labels)
-                pairs = tl.where(pairs == pair, LAST, pairs)
-                pair = tl.min(tl.min(pairs, 1), 0)
+                    value -= tl.load(subsidies_ptr + k, mask=mine, other=0.0).to(tl.float64)
+                value = tl.where(mine, value, float("inf"))
+                least_value = tl.min(value, 0)
+                label = tl.min(tl.where(value == least_value, k, LAST), 0)
+                better = here & (least_value < best)
+                best = tl.where(better, least_value, best)
+                distances = tl.where(better, tl.sum(tl.where(k == label, distance, 0.0), 0), distances)
+                labels = tl.where(better, label.to(tl.int64), labels)
+                waiting = tl.where(here, 0, waiting)
         tl.store(labels_ptr + r, labels, mask=inside)
         if DISTANCES:
             tl.store(distances_ptr + r, distances.to(tl.float32), mask=inside)
@@ -116,7 +119,7 @@ def recheck(
     if many:
         choose_kernel[(min(len(x), 2 * programs),)](
             x, ready.given, ready.subsidies, chosen, labels, distances, listed, counts, x.shape[1], x.stride(0),
-            DISTANCES=distances is not None, KEPT=chosen.shape[1], CHOICE=CHOICE, BLOCK_D=WIDE.value, num_warps=1,
+            DISTANCES=distances is not None, KEPT=chosen.shape[1], CHOICE=CHOICE, BLOCK_D=256, num_warps=1,
         )  # fmt: skip
     step = few_tiles(x, FEW).BLOCK_D
     block_m = min(64 if many else 16, pad(len(x)))
@@ -124,6 +127,6 @@ def recheck(
         x, ready.high, ready.low, ready.middle, ready.bias, ready.limits, ready.scale, ready.given, ready.subsidies,
         labels, distances, listed, counts, len(x), x.shape[1], x.stride(0), K, ready.high.shape[1],
         DISTANCES=distances is not None, CENTRED=x.dtype == torch.float32,
-        BLOCK_M=block_m, BLOCK_K=min(64, pad(K)), BLOCK_D=step, BLOCK=WIDE.value,
-        num_warps=8 if block_m == 64 else 4, num_stages=2 if block_m == 64 else 3,
+        BLOCK_M=block_m, BLOCK_K=64, BLOCK_D=step, BLOCK=32,
+        num_warps=8 if block_m == 64 else 4, num_stages=2,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Sums by label where there are many: rows in the order of their labels, each cluster's added up in pieces.
 
-A piece has at most PIECE rows, so that one huge cluster does not keep a single program; the pieces of each are added
-up in their order.
+A piece has at most PIECE rows, so that one huge cluster does not keep a single program; the pieces of a cluster are
+added up in their order.
 """
 
 import torch

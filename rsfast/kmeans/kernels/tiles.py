@@ -1,16 +1,14 @@
 """Tile maths that the kernels of k-means share.
 
 A score is ``bias_k - 2 x . c'_k``: a row's squared distance to a centre without what all centres have in common, with
-c' = (c - m) times a power of two, in one or two 16-bit parts. fp32 rows are read as (x - m) times it, in as many
-bf16 parts; 16-bit rows are operands as they are. ``prepare.py`` makes c', the biases and what bounds the errors.
+c' = (c - m) times a power of two, in one or two 16-bit parts. fp32 rows are read as (x - m) times that power, in as
+many bf16 parts; 16-bit rows are operands as they are. ``prepare.py`` makes c', the biases and what bounds the errors.
 """
 
 import triton
 import triton.language as tl
 
 from rsfast._tiles import cast, dot, operand
-
-WIDE = tl.constexpr(256)  # numbers of a row that one float64 sum takes at once
 
 
 @triton.jit
@@ -31,8 +29,8 @@ def products(
 ):  # fmt: skip
     """Products of rows ``r`` with the centres from ``first`` on, and with ``NORMS`` the rows' ||(x - m) scale||^2.
 
-    ``SPLIT``: with both parts of the centres (and of fp32 rows, their two parts), added in fp32 outside of the tensor
-    cores, which cut sums off.
+    ``SPLIT``: with both parts of the centres (and of fp32 rows, their two parts), added up in fp32 outside of the
+    tensor cores, which cut sums off.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)

@@ -27,7 +27,7 @@ def sums_kernel(
     x_ptr, labels_ptr, weights_ptr, part_ptr, rows, width, pitch, clusters, chunk,
     WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """part[chunk] = indicators^T x over a chunk of rows; every BLOCK_M rows are added outside of the tensor cores."""
+    """part[chunk] = indicators^T x over a chunk of rows; BLOCK_M rows at a time leave the tensor cores."""
     split = tl.program_id(1)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -6,8 +6,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rsfast._dispatch import capability
-from rsfast._tiles import cast, cdiv, dot, multiprocessors, operand, pad, pieces, place
-from rsfast.lora.kernels.plan import Batch, Choice, Slices, roomy
+from rsfast._tiles import cast, cdiv, dot, multiprocessors, operand, pad, pieces, place, roomy
+from rsfast.lora.kernels.plan import Batch, Choice, Slices
 from rsfast.lora.kernels.tiles import add_low_rank, load_kept
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import capability
-from rsfast._tiles import pad
+from rsfast._tiles import pad, roomy
 
 STAGES = ("forward", "dgrad", "low", "factor")  # y; dx; ds and dB from dY; dA from x and ds
 TABLES = pathlib.Path(__file__).parent.parent / "tables"  # that come with the library, measured on a GPU of that name
@@ -149,11 +149,6 @@ def _tiles(dtype: torch.dtype) -> list[dict]:
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
         dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
     ]
-
-
-def roomy(sm: int) -> bool:
-    """Whether a program may have 163 KB of shared memory or more; GPUs of workstations and notebooks have 99."""
-    return sm in (80, 90, 100, 103)
 
 
 def insisted(stage: str, facts: Facts, sm: int) -> Choice:

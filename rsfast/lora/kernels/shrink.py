@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rsfast._dispatch import capability
-from rsfast._tiles import cast, cdiv, dot, pad
-from rsfast.lora.kernels.plan import Batch, roomy
+from rsfast._tiles import cast, cdiv, dot, pad, roomy
+from rsfast.lora.kernels.plan import Batch
 from rsfast.lora.kernels.tables import FINE
 from rsfast.lora.kernels.tiles import draw_kept, rows_of, spread
 from rsfast.lora.reference import LEVELS, ROUNDS, levels
