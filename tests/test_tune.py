@@ -237,7 +237,9 @@ def test_info_names_the_table_in_use(monkeypatch):
     with monkeypatch.context() as pretended:
         pretended.setattr(torch, "cuda", types.SimpleNamespace(**world, get_device_properties=lambda i: one))
         gpus = info._gpus()
-    text = info.as_text({"versions": {"torch": "2"}, "gpus": gpus, "operations": {}, "warnings": []})
+    text = info.as_text(
+        {"versions": {"torch": "2"}, "gpus": gpus, "cuda_library": "none", "operations": {}, "warnings": []}
+    )
     assert "lora table" in text and "untuned: composed, for X" in text
     monkeypatch.setattr(tune, "HAS_TRITON", False)
     assert tune.table_in_use(CPU) == "untuned: composed"
