@@ -7,41 +7,19 @@ them, so that a run never depends on a file that may move.
 """
 
 import json
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rsfast._files import replace, write_json
 from rsfast.harma import model as models
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.json"
 ADAPTERS, FULL, BASE = "adapters", "model.safetensors", "base.safetensors"
 STATE = {"step", "weights", "optimizer", "scaler", "best", "broken"}  # what last.pt holds
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that at any moment the old one or the new one is there as a whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the new name may not survive a power cut
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content) -> None:
-    replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def save_last(run: Path, state: dict) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from rsfast._files import write_json
 from rsfast.harma.config import PRECISIONS, TrainConfig
 
 DEFAULT = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(TrainConfig)}
@@ -158,7 +159,7 @@ def eval_command(args: argparse.Namespace) -> int:
     _print_broken(found.broken)
     if args.json is not None:
         counts = {"images": len(found.images), "texts": len(found.texts), "broken": found.broken}
-        checkpoint.write_json(Path(args.json), found.metrics | counts)
+        write_json(Path(args.json), found.metrics | counts)
     if args.figure is not None:
         draw(args.figure, found, data)
     return 0

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from rsfast._files import replace, write_json
 from rsfast.harma import checkpoint
 from rsfast.harma import model as models
 from rsfast.harma.config import TrainConfig
@@ -178,7 +179,7 @@ def run_demo(
         "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    checkpoint.write_json(out / RESULTS, results)
+    write_json(out / RESULTS, results)
     _print(out, results)
     return results
 
@@ -206,7 +207,7 @@ def _claim(out: Path) -> None:
     for run in (FOUNDATION, HARMA, FULL, ADAPTERS):
         shutil.rmtree(out / run, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / RESULTS, {"unfinished": True})  # marks the folder as a demo's from the start
+    write_json(out / RESULTS, {"unfinished": True})  # marks the folder as a demo's from the start
 
 
 def _captioned(domain: str, split: str, count: int, seed: int, bar) -> CaptionedImages:
@@ -242,7 +243,7 @@ def _contact_sheet(path: Path, seed: int, *, columns: int = 8, rows: int = 2, si
         for k in range(columns * rows):
             scene = draw_scene(domain, "train", k, seed=seed, size=size)
             sheet.paste(scene.image, (k % columns * size, (block * rows + k // columns) * size + 8 * block))
-    checkpoint.replace(path, lambda temporary: sheet.save(temporary, "PNG"))
+    replace(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 
 def _chance(images: int, texts: int) -> dict[str, float]:

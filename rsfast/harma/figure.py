@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rsfast.harma.checkpoint import replace
+from rsfast._files import replace
 from rsfast.harma.data import CaptionedImages
 from rsfast.harma.evaluation import Evaluation
 from rsfast.harma.retrieval import scores

@@ -2,6 +2,7 @@
 
 import json
 
+from rsfast._files import replace
 from rsfast.harma import checkpoint
 from rsfast.harma.setup import Setup
 
@@ -28,7 +29,7 @@ class Log:
                     continue
                 if record["step"] <= step and "broken" not in record:
                     kept.append(line + "\n")
-        checkpoint.replace(self.path, lambda temporary: temporary.write_text("".join(kept)))
+        replace(self.path, lambda temporary: temporary.write_text("".join(kept)))
         if setup.summary_writer is not None:
             self.writer = setup.summary_writer(str(setup.run / "tensorboard"), purge_step=step + 1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rsfast._files import write_json
 from rsfast.harma import checkpoint
 from rsfast.harma import model as models
 from rsfast.harma.config import FREE, TrainConfig
@@ -99,7 +100,7 @@ def prepare(
         run.mkdir(parents=True, exist_ok=True)
         if base is not None:
             checkpoint.save_tensors(base, run / checkpoint.BASE)
-        checkpoint.write_json(run / checkpoint.CONFIG, record)
+        write_json(run / checkpoint.CONFIG, record)
     warmup = math.ceil(config.warmup * config.epochs * steps)
     return Setup(
         config, run, made.model, made.tokenizer, train_data, val_data, steps, warmup, state, summary_writer

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rsfast.models.storage import replace_file
+from rsfast._files import replace, write_json
 
 Slices = tuple[tuple[int, int], ...]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -176,5 +176,5 @@ def write_folder(
     header = {"format": "pt"} | ({SLICES: json.dumps(slices)} if slices else {})
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS, save(tensors, header))
-    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    replace(folder / WEIGHTS, lambda temporary: temporary.write_bytes(save(tensors, header)))
+    write_json(folder / CONFIG, config)

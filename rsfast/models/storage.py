@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from rsfast._files import replace
 from rsfast.models.adapters import (
     OPTIONS,
     AdapterReport,
@@ -42,8 +43,8 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
     text = json.dumps({"format": FORMAT, "adapters": config, "model": facts}, indent=2)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS, save(tensors))
-    replace_file(folder / CONFIG, (text + "\n").encode())
+    replace(folder / WEIGHTS, lambda temporary: temporary.write_bytes(save(tensors)))
+    replace(folder / CONFIG, lambda temporary: temporary.write_text(text + "\n"))
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike) -> AdapterReport:
@@ -154,16 +155,3 @@ def _differences(prefix: str, saved, mine) -> list[str]:
         keys = dict.fromkeys([*saved, *mine])
         return [d for k in keys for d in _differences(f"{prefix}.{k}", saved.get(k), mine.get(k))]
     return [] if saved == mine else [f"{prefix} is {saved!r} in the file and {mine!r} here"]
-
-
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
