@@ -28,6 +28,9 @@ class RunConfig:
         rho: Balance of clusters, n_k >= N / (K rho); 2 since the paper's value is unknown to us. None: no constraint.
         clusterer: ``kmeans``, ``minibatch``, ``dbscan`` or ``hdbscan``.
         alpha: ``"auto"`` is the paper's min(1, 10 / ir_c), or one number for all tail classes.
+        target_set: What the LoRA is learned on: ``"all"`` training rows, as the paper's equation 4 reads, of which the
+            head's targets are the features themselves; ``"balanced"``: all, each class with the same weight in total;
+            ``"tail"``: rows of the classes that are moved.
         imbalance: Training rows are drawn so that the largest class has so many times the smallest's. None: all rows.
         groups: ``"auto"`` (thirds by size) or ``"dota"``, as in :class:`ClassCounts`.
         f1_style: As in :func:`grouped_f1`.
@@ -58,6 +61,7 @@ class RunConfig:
     rho: float | None = 2.0
     clusterer: Clusterer = "kmeans"
     alpha: str | float = "auto"
+    target_set: Literal["all", "balanced", "tail"] = "balanced"
     imbalance: float | None = None
     groups: Literal["auto", "dota"] = "auto"
     f1_style: Literal["strict", "deblora"] = "strict"
@@ -106,6 +110,7 @@ class RunConfig:
             raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share!r}")
         for name, choices in (
             ("clusterer", ("kmeans", "minibatch", "dbscan", "hdbscan")),
+            ("target_set", ("all", "balanced", "tail")),
             ("groups", ("auto", "dota")),
             ("f1_style", ("strict", "deblora")),
             ("probe", ("linear", "logistic", "knn")),
