@@ -31,7 +31,8 @@ class RunConfig:
         target_set: What the LoRA is learned on: ``"all"`` training rows, as the paper's equation 4 reads, of which the
             head's targets are the features themselves; ``"balanced"``: all, each class with the same weight in total;
             ``"tail"``: rows of the classes that are moved.
-        imbalance: Training rows are drawn so that the largest class has so many times the smallest's. None: all rows.
+        imbalance: Training rows are drawn so that the largest class has so many times the smallest's. None: all rows;
+            100 for the digits.
         groups: ``"auto"`` (thirds by size) or ``"dota"``, as in :class:`ClassCounts`.
         f1_style: As in :func:`grouped_f1`.
         rank: Of LoRA.
@@ -42,7 +43,9 @@ class RunConfig:
         weight_decay: Of both.
         batch_size: Rows a step.
         probe: ``linear`` (the authors'), ``logistic`` or ``knn``.
-        val_share: Share of each class's training rows, rounded down, on which the probe's settings are chosen.
+        val_share: Share of each class's training rows, rounded down, on which the probe's settings are chosen, where
+            the data have no validation rows of their own.
+        test_share: Share of each class's rows that become test rows, where the data have none of their own.
         device: Default: a GPU if there is one.
         precision: Of a backbone, ``fp32``, ``bf16`` or ``fp16``; default bf16 on a GPU, fp32 elsewhere.
         workers: Processes that decode images.
@@ -74,6 +77,7 @@ class RunConfig:
     batch_size: int = 256
     probe: Literal["linear", "logistic", "knn"] = "logistic"
     val_share: float = 0.2
+    test_share: float | None = None
     device: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     workers: int = 0
@@ -108,6 +112,8 @@ class RunConfig:
             raise ValueError(f"alpha must be 'auto' or a number from 0 to 1, got {self.alpha!r}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share!r}")
+        if self.test_share is not None and not 0 < self.test_share < 1:
+            raise ValueError(f"test_share must be between 0 and 1, got {self.test_share!r}")
         for name, choices in (
             ("clusterer", ("kmeans", "minibatch", "dbscan", "hdbscan")),
             ("target_set", ("all", "balanced", "tail")),

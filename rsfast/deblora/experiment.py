@@ -53,10 +53,12 @@ class Outcome(NamedTuple):
 
 def split_rows(task: Task, config: RunConfig, seed: int) -> Split:
     """Training rows with the tail that is asked for, a share of each class set apart; test rows are all test rows."""
-    train, test = np.flatnonzero(~task.is_test), np.flatnonzero(task.is_test)
+    train, test = np.flatnonzero(~task.is_test & ~task.is_val), np.flatnonzero(task.is_test)
     if config.imbalance is not None:
         train = train[make_long_tailed(task.labels[train], config.imbalance, seed)]
     counts = ClassCounts.from_labels(task.labels[train], classes=task.classes, groups=config.groups)
+    if task.is_val.any():
+        return Split(train, np.flatnonzero(task.is_val), test, counts)
     draw, val = np.random.default_rng(mixed_seed(seed, 1)), []
     for c in range(len(task.classes)):
         own = train[task.labels[train] == c]
@@ -108,6 +110,7 @@ def compute(
         "method": method.name, "seed": seed, **{name: f1[name] for name in ("head", "middle", "tail", "mean")},
         "inter": distances["inter"], "intra": distances["intra"], "seconds": time.perf_counter() - start,
     }  # fmt: skip
+    row = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
     single = grouped_f1(labels["test"], predicted, {str(c): [c] for c in range(len(task.classes))})
     by_class = [
         {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": single[str(c)]}

@@ -26,7 +26,7 @@ class RunResult:
     """What a run found.
 
     Attributes:
-        rows: ``method, seed, head, middle, tail, mean`` (macro F1 in percent; NaN: no such class), ``inter, intra``
+        rows: ``method, seed, head, middle, tail, mean`` (macro F1 in percent; None: no such class), ``inter, intra``
             (cosine distances of the test features), ``seconds``.
         by_class: ``method, seed, class, train`` (its training rows), ``f1``.
         files: What was written.

@@ -24,6 +24,7 @@ class Task(Protocol):
         frozen: (N, D) features without any adaptation.
         labels: (N,) int64.
         is_test: (N,) bool.
+        is_val: (N,) bool.
         classes: Names of the classes.
         source: Named in messages.
         lr: Peak learning rate where none is asked for.
@@ -32,6 +33,7 @@ class Task(Protocol):
     frozen: np.ndarray
     labels: np.ndarray
     is_test: np.ndarray
+    is_val: np.ndarray
     classes: Sequence[str]
     source: str
     lr: float
@@ -51,8 +53,9 @@ class FeatureTask:
 
     lr = 1e-3
 
-    def __init__(self, data: LabelledFeatures, config: RunConfig):
+    def __init__(self, data: LabelledFeatures, config: RunConfig, is_val: np.ndarray | None = None):
         self.frozen, self.labels, self.is_test = data.features, data.labels, data.is_test
+        self.is_val = np.zeros_like(self.is_test) if is_val is None else is_val
         self.classes, self.source = data.classes, data.source
         self.dim = self.frozen.shape[1]
         if config.rank > self.dim:
@@ -80,9 +83,14 @@ class ImageTask:
 
     lr = 1e-4
 
-    def __init__(self, dataset, is_test: np.ndarray, backbone: nn.Module, transform, frozen, config: RunConfig):
-        self.dataset, self.labels, self.is_test = dataset, np.asarray(dataset.labels, dtype=np.int64), is_test
-        self.classes, self.source, self.frozen = dataset.classes, dataset.source, frozen
+    def __init__(self, features: "FeatureTask", dataset, backbone: nn.Module, transform, config: RunConfig):
+        self.frozen, self.labels, self.is_test = features.frozen, features.labels, features.is_test
+        self.is_val, self.classes, self.source, self.dataset = (
+            features.is_val,
+            features.classes,
+            features.source,
+            dataset,
+        )
         self.backbone, self.transform, self.workers = backbone, transform, config.workers
         self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=TARGETS)
 
