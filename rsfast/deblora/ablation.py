@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rsfast._files import write_json
 from rsfast.deblora.config import RunConfig
+from rsfast.deblora.experiment import split_rows
 from rsfast.deblora.running import RunResult, run
+from rsfast.deblora.sources import opened
 from rsfast.deblora.tasks import Task
 
 SWEEPS = {  # the paper's ranks and clusterers; alpha 1 moves nothing
@@ -48,11 +50,10 @@ def ablate(
         if name not in SWEEPS:
             raise ValueError(f"sweep must be of {', '.join(SWEEPS)}; got {name!r}")
     if task is None:
-        from rsfast.deblora.sources import open_task
-
-        task = open_task(config, progress=progress)
+        config, task = opened(config, progress=progress)
     out, rows, by_class = Path(config.out), [], []
-    most = {"clusters": int((~task.is_test).sum()), "rank": task.frozen.shape[1]}
+    rows_at_least = min(len(split_rows(task, config, seed).fit) for seed in config.seeds)
+    most = {"clusters": rows_at_least, "rank": task.frozen.shape[1]}
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
             if name in most and value > most[name]:

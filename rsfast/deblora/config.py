@@ -21,7 +21,7 @@ class RunConfig:
         image_root: Where the images are that a file names.
         image_format: As in :func:`load_labelled`.
         model: open_clip's or timm's name, for images.
-        pretrained: open_clip's tag or a weights file; for timm "" (its own weights), a file, or None: random weights.
+        pretrained: Weights of the model, see :func:`rsfast.deblora.sources.backbone`.
         method: Names of methods, see :data:`rsfast.deblora.METHODS`.
         seeds: A run of every method for each: of the long tail drawn, of clustering, of training.
         clusters: K.

@@ -14,6 +14,7 @@ from rsfast.deblora.config import RunConfig
 from rsfast.deblora.experiment import compute, split_rows
 from rsfast.deblora.figures import draw_by_class, draw_calibration
 from rsfast.deblora.methods import parse_methods
+from rsfast.deblora.sources import opened
 from rsfast.deblora.tasks import Task
 
 RESULTS, WORK, PICTURE = "results.json", "unfinished", "calibration.npz"
@@ -71,9 +72,7 @@ def run(
     out = Path(config.out)
     known = _earlier(out / RESULTS)
     if task is None:
-        from rsfast.deblora.sources import open_task
-
-        task = open_task(config, progress=progress)
+        config, task = opened(config, progress=progress)
     settings = _settings(config, task)
     _refuse_others(out, known, settings)
     splits = {seed: split_rows(task, config, seed) for seed in config.seeds}

@@ -92,7 +92,7 @@ class ImageTask:
             dataset,
         )
         self.backbone, self.transform, self.workers = backbone, transform, config.workers
-        self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=TARGETS)
+        self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=getattr(backbone, "lora_targets", TARGETS))
 
     def inputs(self, rows: np.ndarray) -> ImageInputs:
         return ImageInputs(self.dataset.subset(rows), self.transform, self.workers)
