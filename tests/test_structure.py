@@ -124,8 +124,8 @@ def test_works_without_triton():
 def test_import_is_light():
     in_a_fresh_process(
         "import sys, rsfast\n"
-        "heavy = {'triton', 'open_clip', 'torchvision', 'timm', 'sklearn', 'scipy', 'matplotlib', 'pyarrow', 'diffusers',"
-        " 'torch.distributed.nn'} & set(sys.modules)\n"
+        "heavy = {'triton', 'open_clip', 'torchvision', 'timm', 'sklearn', 'scipy', 'matplotlib', 'pyarrow',"
+        " 'diffusers', 'torch.distributed.nn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()"
     )

@@ -68,7 +68,7 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--deblora-epochs", "of learning towards calibrated features", type=int)
     add("--lr", "peak learning rate; 1e-3 for maps of features and 1e-4 for backbones if not given", type=float)
     add("--weight-decay", "of training", type=float)
-    add("--batch-size", "rows a step", type=int)
+    add("--batch-size", "rows a step; 256 features or 64 images if not given", type=int)
     add("--probe", "classifier of the features", choices=("linear", "logistic", "knn"))
     add("--val-share", "of training rows, to choose the probe's settings on", type=float)
     add("--test-share", "of all rows, where the data name no test rows", type=float)

@@ -41,7 +41,7 @@ class RunConfig:
         deblora_epochs: Of training towards calibrated features.
         lr: Peak learning rate of both. None: 1e-3 for maps on features, 1e-4 for backbones.
         weight_decay: Of both.
-        batch_size: Rows a step.
+        batch_size: Rows a step. None: 256 features, 64 images.
         probe: ``linear`` (the authors'), ``logistic`` or ``knn``.
         val_share: Share of each class's training rows, rounded down, on which the probe's settings are chosen, where
             the data have no validation rows of their own.
@@ -74,7 +74,7 @@ class RunConfig:
     deblora_epochs: int = 10
     lr: float | None = None
     weight_decay: float = 0.01
-    batch_size: int = 256
+    batch_size: int | None = None
     probe: Literal["linear", "logistic", "knn"] = "logistic"
     val_share: float = 0.2
     test_share: float | None = None
@@ -96,6 +96,8 @@ class RunConfig:
             raise ValueError(f"seeds must differ from each other, got {self.seeds!r}")
         for name in ("clusters", "rank", "epochs", "deblora_epochs", "batch_size"):
             value = getattr(self, name)
+            if value is None and name == "batch_size":
+                continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name, least in (("rho", 1), ("imbalance", 1)):

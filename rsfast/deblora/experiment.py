@@ -16,7 +16,7 @@ from rsfast.deblora.counts import ClassCounts, make_long_tailed
 from rsfast.deblora.learning import encode, learn_classes, learn_towards
 from rsfast.deblora.losses import balanced_weights
 from rsfast.deblora.methods import Method
-from rsfast.deblora.metrics import class_distances, grouped_f1
+from rsfast.deblora.metrics import class_distances, class_f1, grouped_f1
 from rsfast.deblora.probing import PROBES
 from rsfast.deblora.tasks import Task
 from rsfast.harma.loading import mixed_seed
@@ -111,9 +111,9 @@ def compute(
         "inter": distances["inter"], "intra": distances["intra"], "seconds": time.perf_counter() - start,
     }  # fmt: skip
     row = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
-    single = grouped_f1(labels["test"], predicted, {str(c): [c] for c in range(len(task.classes))})
+    single = class_f1(labels["test"], predicted, len(task.classes))
     by_class = [
-        {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": single[str(c)]}
+        {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": float(single[c])}
         for c, (name, n) in enumerate(zip(task.classes, split.counts.counts, strict=True))
     ]
     return Outcome(row, by_class, picture)
@@ -127,7 +127,10 @@ class _Adaptation:
         self.encoder: nn.Module | None = None
         self.place = dict(device=config.device, precision=config.precision, progress=progress)
         self.options = self.place | dict(
-            batch_size=config.batch_size, lr=config.lr or task.lr, weight_decay=config.weight_decay, seed=seed
+            batch_size=config.batch_size or task.batch_size,
+            lr=config.lr or task.lr,
+            weight_decay=config.weight_decay,
+            seed=seed,
         )
 
     def by_classes(self, rows: np.ndarray, labels: np.ndarray) -> None:

@@ -35,9 +35,8 @@ def opened(config: RunConfig, *, progress: bool = False) -> tuple[RunConfig, Tas
 def stored_task(store: FeatureStore, config: RunConfig, source: str) -> FeatureTask:
     """Features of a store, whose splits say which rows are for testing."""
     if store.classes is None or not len(store):
-        raise ValueError(
-            f"{source} must hold features of named classes, it has {'no classes' if len(store) else 'none'}"
-        )
+        lacking = "classes" if len(store) else "rows"
+        raise ValueError(f"{source} must hold features of named classes, it has no {lacking}")
     unknown = np.flatnonzero(store.labels < 0)
     if len(unknown):
         raise ValueError(f"{source}: every row needs a label, {store.names[unknown[0]]!r} has none")
@@ -72,7 +71,7 @@ def _images(config: RunConfig, progress: bool) -> ImageTask:
     model = backbone(config.model, config.pretrained)
     encoder, transform = image_encoder(model)
     store = extract_features(
-        model, dataset, Path(config.out) / FEATURES, batch_size=config.batch_size, workers=config.workers,
+        model, dataset, Path(config.out) / FEATURES, batch_size=config.batch_size or ImageTask.batch_size, workers=config.workers,
         device=config.device, precision=config.precision, progress=progress,
     )  # fmt: skip
     kept = np.setdiff1d(np.arange(len(dataset)), [left.index for left in store.left_out])

@@ -28,6 +28,7 @@ class Task(Protocol):
         classes: Names of the classes.
         source: Named in messages.
         lr: Peak learning rate where none is asked for.
+        batch_size: Rows a step where none is asked for.
     """
 
     frozen: np.ndarray
@@ -37,6 +38,7 @@ class Task(Protocol):
     classes: Sequence[str]
     source: str
     lr: float
+    batch_size: int
 
     def inputs(self, rows: np.ndarray):
         """What an encoder takes for some rows."""
@@ -51,7 +53,7 @@ class Task(Protocol):
 class FeatureTask:
     """Stored features, and maps of them."""
 
-    lr = 1e-3
+    lr, batch_size = 1e-3, 256
 
     def __init__(self, data: LabelledFeatures, config: RunConfig, is_val: np.ndarray | None = None):
         self.frozen, self.labels, self.is_test = data.features, data.labels, data.is_test
@@ -81,7 +83,7 @@ class FeatureTask:
 class ImageTask:
     """Images and a backbone, which is copied for every method."""
 
-    lr = 1e-4
+    lr, batch_size = 1e-4, 64
 
     def __init__(self, features: "FeatureTask", dataset, backbone: nn.Module, transform, config: RunConfig):
         self.frozen, self.labels, self.is_test = features.frozen, features.labels, features.is_test
