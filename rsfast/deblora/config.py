@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import torch
+
 from rsfast.deblora.methods import DEFAULT, parse_methods
 
 Clusterer = Literal["kmeans", "minibatch", "dbscan", "hdbscan"]
@@ -43,8 +45,8 @@ class RunConfig:
         weight_decay: Of both.
         batch_size: Rows a step. None: 256 features, 64 images.
         probe: ``linear`` (the authors'), ``logistic`` or ``knn``.
-        val_share: Share of each class's training rows, rounded down, on which the probe's settings are chosen, where
-            the data have no validation rows of their own.
+        val_share: Share of each class's training rows on which the probe's settings are chosen, as :func:`hold_out`
+            draws them, where the data have no validation rows of their own. 0: none.
         test_share: Share of each class's rows that become test rows, where the data have none of their own.
         device: Default: a GPU if there is one.
         precision: Of a backbone, ``fp32``, ``bf16`` or ``fp16``; default bf16 on a GPU, fp32 elsewhere.
@@ -126,3 +128,7 @@ class RunConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+
+    def place(self) -> str:
+        """The device to compute on."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,6 +17,7 @@ from rsfast.deblora.learning import encode, learn_classes, learn_towards
 from rsfast.deblora.losses import balanced_weights
 from rsfast.deblora.methods import Method
 from rsfast.deblora.metrics import class_distances, class_f1, grouped_f1
+from rsfast.deblora.probe import hold_out
 from rsfast.deblora.probing import PROBES
 from rsfast.deblora.tasks import Task
 from rsfast.harma.loading import mixed_seed
@@ -59,18 +60,16 @@ def split_rows(task: Task, config: RunConfig, seed: int) -> Split:
     counts = ClassCounts.from_labels(task.labels[train], classes=task.classes, groups=config.groups)
     if task.is_val.any():
         return Split(train, np.flatnonzero(task.is_val), test, counts)
-    draw, val = np.random.default_rng(mixed_seed(seed, 1)), []
-    for c in range(len(task.classes)):
-        own = train[task.labels[train] == c]
-        val.append(draw.permutation(own)[: int(config.val_share * len(own))])
-    val = np.sort(np.concatenate(val))
-    return Split(np.setdiff1d(train, val), val, test, counts)
+    if not config.val_share:
+        return Split(train, train[:0], test, counts)
+    fit, val = hold_out(task.labels[train], config.val_share, seed=seed)
+    return Split(train[fit], train[val], test, counts)
 
 
 def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: int) -> Debiased:
     """Clusters, de-biased centres and calibrated features: debLoRA's first two stages."""
     clusters = cluster_features(
-        features, config.clusters, rho=config.rho, method=config.clusterer, seed=seed, device=config.device
+        features, config.clusters, rho=config.rho, method=config.clusterer, seed=seed, device=config.place()
     )
     mu = debiased_centers(features, labels, clusters.assignments, clusters.centers)
     counts = np.bincount(labels)
@@ -100,8 +99,9 @@ def compute(
         picture = _picture(features["fit"], labels["fit"], found, seed)
         features["fit"], labels["fit"] = augment(features["fit"], labels["fit"], found.calibrated)
     probe = PROBES[config.probe](
-        features["fit"], labels["fit"], features["val"], labels["val"], n_classes=len(task.classes), loss=method.loss,
-        seed=seed, device=config.device,
+        features["fit"], labels["fit"], n_classes=len(task.classes), loss=method.loss, device=config.place(),
+        val=(features["val"], labels["val"]) if len(split.val) else None,
+        **{"seed": seed} if config.probe == "linear" else {},
     )  # fmt: skip
     predicted = probe.predict(features["test"])
     f1 = grouped_f1(labels["test"], predicted, split.counts, style=config.f1_style)
@@ -125,7 +125,8 @@ class _Adaptation:
     def __init__(self, task: Task, method: Method, config: RunConfig, seed: int, work: Path, progress: bool):
         self.task, self.method, self.config, self.seed, self.work = task, method, config, seed, work
         self.encoder: nn.Module | None = None
-        self.place = dict(device=config.device, precision=config.precision, progress=progress)
+        precision = config.precision or ("bf16" if config.place().startswith("cuda") and task.autocast else "fp32")
+        self.place = dict(device=config.place(), precision=precision, progress=progress)
         self.options = self.place | dict(
             batch_size=config.batch_size or task.batch_size,
             lr=config.lr or task.lr,
@@ -161,6 +162,8 @@ class _Adaptation:
     def features(self, rows: np.ndarray) -> np.ndarray:
         if self.encoder is None:
             return np.asarray(self.task.frozen[rows], dtype=np.float32)
+        if not len(rows):
+            return np.empty((0, self.task.frozen.shape[1]), dtype=np.float32)
         return encode(self.encoder, self.task.inputs(rows), **self.place)
 
 

@@ -72,7 +72,7 @@ def _images(config: RunConfig, progress: bool) -> ImageTask:
     encoder, transform = image_encoder(model)
     store = extract_features(
         model, dataset, Path(config.out) / FEATURES, batch_size=config.batch_size or ImageTask.batch_size, workers=config.workers,
-        device=config.device, precision=config.precision, progress=progress,
+        device=config.place(), precision=config.precision, progress=progress,
     )  # fmt: skip
     kept = np.setdiff1d(np.arange(len(dataset)), [left.index for left in store.left_out])
     return ImageTask(stored_task(store, config, config.images), dataset.subset(kept), encoder, transform, config)

@@ -29,6 +29,7 @@ class Task(Protocol):
         source: Named in messages.
         lr: Peak learning rate where none is asked for.
         batch_size: Rows a step where none is asked for.
+        autocast: Whether training on a GPU is in bf16 where no precision is asked for.
     """
 
     frozen: np.ndarray
@@ -39,6 +40,7 @@ class Task(Protocol):
     source: str
     lr: float
     batch_size: int
+    autocast: bool
 
     def inputs(self, rows: np.ndarray):
         """What an encoder takes for some rows."""
@@ -53,7 +55,7 @@ class Task(Protocol):
 class FeatureTask:
     """Stored features, and maps of them."""
 
-    lr, batch_size = 1e-3, 256
+    lr, batch_size, autocast = 1e-3, 256, False
 
     def __init__(self, data: LabelledFeatures, config: RunConfig, is_val: np.ndarray | None = None):
         self.frozen, self.labels, self.is_test = data.features, data.labels, data.is_test
@@ -83,7 +85,7 @@ class FeatureTask:
 class ImageTask:
     """Images and a backbone, which is copied for every method."""
 
-    lr, batch_size = 1e-4, 64
+    lr, batch_size, autocast = 1e-4, 64, True
 
     def __init__(self, features: "FeatureTask", dataset, backbone: nn.Module, transform, config: RunConfig):
         self.frozen, self.labels, self.is_test = features.frozen, features.labels, features.is_test
