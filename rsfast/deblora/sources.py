@@ -71,7 +71,8 @@ def _images(config: RunConfig, progress: bool) -> ImageTask:
     model = backbone(config.model, config.pretrained)
     encoder, transform = image_encoder(model)
     store = extract_features(
-        model, dataset, Path(config.out) / FEATURES, batch_size=config.batch_size or ImageTask.batch_size, workers=config.workers,
+        model, dataset, Path(config.out) / FEATURES, workers=config.workers,
+        batch_size=config.batch_size or ImageTask.batch_size,
         device=config.place(), precision=config.precision, progress=progress,
     )  # fmt: skip
     kept = np.setdiff1d(np.arange(len(dataset)), [left.index for left in store.left_out])
