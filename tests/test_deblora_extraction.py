@@ -10,55 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rsfast.deblora import FeatureStore, extract_features, image_encoder, sample_seed
+from rsfast.deblora import FeatureStore, image_encoder, sample_seed
 from rsfast.deblora import store_files as files
-from rsfast.harma import BrokenImageError, CaptionedImages
+from rsfast.harma import CaptionedImages
 from rsfast.models import add_lora, lora_layers
+from tests.scenes import Mean, Scenes, extract, pixels
 from tests.tiny_clip import tiny_clip, tiny_custom_text_clip
-
-
-class Scenes:
-    """Ten small images of noise; those in ``broken`` do not load."""
-
-    classes = ("ship", "plane")
-
-    def __init__(self, count=10, broken=()):
-        self.count, self.broken, self.splits = count, broken, ["train"] * 7 + ["test"] * (count - 7)
-
-    def __len__(self):
-        return self.count
-
-    def load(self, index):
-        if index in self.broken:
-            raise BrokenImageError(self.name(index), "no image")
-        return Image.fromarray(np.random.default_rng(index).integers(0, 256, (9, 7, 3), np.uint8))
-
-    def name(self, index):
-        return f"{index}.png"
-
-    def label(self, index):
-        return index % 3 - 1
-
-
-def pixels(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-class Mean(nn.Module):
-    """(B, 3, H, W) to (B, 2); in training mode it would not give the same."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear, self.norm = nn.Linear(3, 2), nn.Dropout(0.5)
-
-    def forward(self, images):
-        return self.norm(self.linear(images.mean((2, 3))))
-
-
-def extract(folder, dataset=None, model=None, **options):
-    options = {"transform": pixels, "batch_size": 4, **options}
-    return extract_features(model or Mean(), Scenes() if dataset is None else dataset, folder, **options)
 
 
 def contents(folder):
@@ -134,7 +91,7 @@ def test_any_callable_and_no_other():
 
 KILLED = """
 import os, signal, sys
-from tests.test_deblora_extraction import Scenes, extract
+from tests.scenes import Scenes, extract
 class Deadly(Scenes):
     def load(self, index):
         return os.kill(os.getpid(), signal.SIGKILL) if index == 6 else super().load(index)
@@ -297,7 +254,7 @@ class Seeded:
 def test_noise_is_seeded_by_name(tmp_path):
     store = extract(tmp_path, model=Seeded(), transform=None)
     assert store.features[:, 0].tolist() == [sample_seed(f"{i}.png") % 1000 for i in range(10)]
-    assert sample_seed("0.png") == 8124117388284104633 or sample_seed("0.png") != sample_seed("1.png")
+    assert len(set(store.features[:, 0].tolist())) > 5
 
 
 @pytest.mark.parametrize("kind,message,options", [
