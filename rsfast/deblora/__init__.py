@@ -1,1 +1,17 @@
 """debLoRA end to end: features, clusters, de-biased centres, calibration, the LoRA learned towards them, probes."""
+
+from rsfast.deblora.arrays import Rows, as_rows
+from rsfast.deblora.calibration import augment, auto_alpha, calibrate, calibrated_batches
+from rsfast.deblora.centers import debiased_centers
+from rsfast.deblora.composition import class_cluster_counts
+
+__all__ = [
+    "Rows",
+    "as_rows",
+    "augment",
+    "auto_alpha",
+    "calibrate",
+    "calibrated_batches",
+    "class_cluster_counts",
+    "debiased_centers",
+]
