@@ -61,9 +61,8 @@ def cluster_features(
         min_cluster_size: Of ``"hdbscan"``.
         max_cluster_size: Of ``"hdbscan"``; None: no limit.
         memory_limit: Bytes. Rows of a larger memory-mapped file or store stay on disk, and ``"minibatch"`` reads
-            batches of them: shuffled anew by the seed for every pass, until :math:`N / B` batches times ``max_iter``, or
-            until the smoothed inertia has made no new minimum for 10 batches. One more pass gives all N x K costs,
-            of which the labels are of least cost within the constraint.
+            batches of them: shuffled anew by the seed for every pass, until the smoothed inertia has made no new
+            minimum for 10 batches. One more pass gives all N x K costs, and by them the labels of least cost.
         checkpoint: A file for what a run over rows on disk has reached, replaced every ``checkpoint_every`` batches. A
             run that was killed and is started again with it gives the same bits. It stays there after the end, and is
             refused for other data or settings. In memory it is not used: the seed alone gives the same bits.
@@ -75,6 +74,7 @@ def cluster_features(
         :class:`Clusters`: tensors on the features' device if those are a tensor, else NumPy.
 
     Raises:
+        FileNotFoundError: The folder of ``checkpoint`` is not there.
         TypeError, ValueError: An argument does not fit, rows are NaN or infinite (named by index), there are fewer rows
             than K, ``rho`` cannot be met (the bound is stated), rows on disk are too large for the method asked for, a
             density method found noise alone, or a checkpoint is damaged or of something else.
@@ -106,15 +106,16 @@ def cluster_features(
         raise ValueError(f"batch_size must be at least n_clusters={n_clusters} for rows on disk, got {batch_size}")
     if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an int of at least 1, got {checkpoint_every!r}")
-    crc = rows.check(checksum=on_disk and checkpoint is not None)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is to be written to a folder that is not there")
+    crc = rows.check(checksum=on_disk and path is not None)
     scaling = Scaling.of(rows, device) if standardize else None
-    settings.pop("n_clusters")
-    settings["max_iter"] = model.max_iter
+    settings |= dict(max_iter=model.max_iter, rho=None if rho is None else float(rho))
     if on_disk:
         stream = Stream(rows, model, seed, scaling, device)
-        path = None if checkpoint is None else Path(checkpoint)
         data = dict(rows=len(rows), dim=rows.dim, dtype=str(rows.dtype), checksum=crc)
-        about = json.dumps(data | dict(n_clusters=n_clusters) | settings)
+        about = json.dumps(data | settings)
         centers = stream.run(path, checkpoint_every, about, progress)
         labels, certified = stream.labels(centers, rho, progress)
     else:
