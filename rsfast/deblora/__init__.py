@@ -4,8 +4,11 @@ from rsfast.deblora.arrays import Rows, as_rows
 from rsfast.deblora.calibration import augment, auto_alpha, calibrate, calibrated_batches
 from rsfast.deblora.centers import debiased_centers
 from rsfast.deblora.composition import class_cluster_counts
+from rsfast.deblora.counts import ClassCounts, make_long_tailed
+from rsfast.deblora.metrics import class_distances, grouped_f1
 
 __all__ = [
+    "ClassCounts",
     "Rows",
     "as_rows",
     "augment",
@@ -13,5 +16,8 @@ __all__ = [
     "calibrate",
     "calibrated_batches",
     "class_cluster_counts",
+    "class_distances",
     "debiased_centers",
+    "grouped_f1",
+    "make_long_tailed",
 ]
