@@ -5,10 +5,15 @@ from rsfast.deblora.calibration import augment, auto_alpha, calibrate, calibrate
 from rsfast.deblora.centers import debiased_centers
 from rsfast.deblora.composition import class_cluster_counts
 from rsfast.deblora.counts import ClassCounts, make_long_tailed
+from rsfast.deblora.features_file import LabelledFeatures, digits, load_features
+from rsfast.deblora.labelled import LabelledImages
+from rsfast.deblora.loading import load_labelled
 from rsfast.deblora.metrics import class_distances, grouped_f1
 
 __all__ = [
     "ClassCounts",
+    "LabelledFeatures",
+    "LabelledImages",
     "Rows",
     "as_rows",
     "augment",
@@ -18,6 +23,9 @@ __all__ = [
     "class_cluster_counts",
     "class_distances",
     "debiased_centers",
+    "digits",
     "grouped_f1",
+    "load_features",
+    "load_labelled",
     "make_long_tailed",
 ]
