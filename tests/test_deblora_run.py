@@ -54,13 +54,13 @@ def test_every_method_gives_a_row(tmp_path):
 
 
 def test_rows_of_a_seed():
-    settings = RunConfig(out="x", imbalance=20.0, val_share=0.25)
+    settings = RunConfig(out="x", imbalance=20.0, val_share=0.25, rank=2)
     split = split_rows(task(settings), settings, 0)
     assert sorted(split.counts.counts.tolist()) == [2, 5, 15, 40]
     parts = [set(part.tolist()) for part in (split.fit, split.val, split.test)]
     assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
     labels = blobs().labels
-    assert sorted(np.bincount(labels[split.val], minlength=4).tolist()) == [0, 1, 3, 10]  # a quarter, rounded down
+    assert sorted(np.bincount(labels[split.val], minlength=4).tolist()) == [1, 1, 4, 10]  # a quarter, rounded, of two one
     assert len(split.test) == 80 and not (split.test % 3).any()
     other = split_rows(task(settings), settings, 1)
     assert set(other.fit.tolist()) != parts[0]

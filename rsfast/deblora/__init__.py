@@ -1,5 +1,6 @@
 """debLoRA end to end: features, clusters, de-biased centres, calibration, the LoRA learned towards them, probes."""
 
+from rsfast.deblora.ablation import SWEEPS, ablate
 from rsfast.deblora.arrays import Rows, as_rows
 from rsfast.deblora.backbones import image_encoder
 from rsfast.deblora.calibration import augment, auto_alpha, calibrate, calibrated_batches
@@ -7,6 +8,7 @@ from rsfast.deblora.centers import debiased_centers
 from rsfast.deblora.clustering import cluster_features
 from rsfast.deblora.clusters import Clusters
 from rsfast.deblora.composition import class_cluster_counts
+from rsfast.deblora.config import RunConfig
 from rsfast.deblora.counts import ClassCounts, make_long_tailed
 from rsfast.deblora.diffusion import StableDiffusionEncoder, sample_seed, stable_diffusion_encoder
 from rsfast.deblora.exchange import export_parquet, import_pt
@@ -14,10 +16,14 @@ from rsfast.deblora.extraction import extract_features
 from rsfast.deblora.features_file import LabelledFeatures, digits, load_features
 from rsfast.deblora.labelled import LabelledImages
 from rsfast.deblora.loading import load_labelled
-from rsfast.deblora.metrics import class_distances, grouped_f1
+from rsfast.deblora.methods import METHODS
+from rsfast.deblora.metrics import class_distances, class_f1, grouped_f1
+from rsfast.deblora.running import RunResult, run
 from rsfast.deblora.store import FeatureStore, LeftOut
 
 __all__ = [
+    "METHODS",
+    "SWEEPS",
     "ClassCounts",
     "Clusters",
     "FeatureStore",
@@ -25,7 +31,10 @@ __all__ = [
     "LabelledImages",
     "LeftOut",
     "Rows",
+    "RunConfig",
+    "RunResult",
     "StableDiffusionEncoder",
+    "ablate",
     "as_rows",
     "augment",
     "auto_alpha",
@@ -33,6 +42,7 @@ __all__ = [
     "calibrated_batches",
     "class_cluster_counts",
     "class_distances",
+    "class_f1",
     "cluster_features",
     "debiased_centers",
     "digits",
@@ -44,6 +54,7 @@ __all__ = [
     "load_features",
     "load_labelled",
     "make_long_tailed",
+    "run",
     "sample_seed",
     "stable_diffusion_encoder",
 ]

@@ -115,6 +115,7 @@ def compute(
     by_class = [
         {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": float(single[c])}
         for c, (name, n) in enumerate(zip(task.classes, split.counts.counts, strict=True))
+        if single[c] == single[c]  # else nothing is of this class, and nothing was taken for it
     ]
     return Outcome(row, by_class, picture)
 

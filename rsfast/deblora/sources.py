@@ -8,7 +8,7 @@ from torch import nn
 
 from rsfast.deblora.config import RunConfig
 from rsfast.deblora.features_file import LabelledFeatures, digits, load_features
-from rsfast.deblora.loaders import load_labelled
+from rsfast.deblora.loading import load_labelled
 from rsfast.deblora.store import FeatureStore
 from rsfast.deblora.tasks import FeatureTask, ImageTask, Task
 
