@@ -14,22 +14,37 @@ from rsfast.deblora.diffusion import StableDiffusionEncoder, sample_seed, stable
 from rsfast.deblora.exchange import export_parquet, import_pt
 from rsfast.deblora.extraction import extract_features
 from rsfast.deblora.features_file import LabelledFeatures, digits, load_features
+from rsfast.deblora.inputs import FeatureInputs, ImageInputs
 from rsfast.deblora.labelled import LabelledImages
+from rsfast.deblora.learning import encode, learn_classes, learn_towards
+from rsfast.deblora.linear import linear_probe
 from rsfast.deblora.loading import load_labelled
+from rsfast.deblora.logistic import logistic_probe
+from rsfast.deblora.losses import balanced_weights, class_loss, log_prior
+from rsfast.deblora.maps import ClassMaps, FullMap, LowRankMap
 from rsfast.deblora.methods import METHODS
 from rsfast.deblora.metrics import class_distances, class_f1, grouped_f1
+from rsfast.deblora.neighbours import knn_probe
+from rsfast.deblora.probe import hold_out
+from rsfast.deblora.probing import PROBES
 from rsfast.deblora.running import RunResult, run
 from rsfast.deblora.store import FeatureStore, LeftOut
 
 __all__ = [
     "METHODS",
+    "PROBES",
     "SWEEPS",
     "ClassCounts",
+    "ClassMaps",
     "Clusters",
+    "FeatureInputs",
     "FeatureStore",
+    "FullMap",
+    "ImageInputs",
     "LabelledFeatures",
     "LabelledImages",
     "LeftOut",
+    "LowRankMap",
     "Rows",
     "RunConfig",
     "RunResult",
@@ -38,21 +53,31 @@ __all__ = [
     "as_rows",
     "augment",
     "auto_alpha",
+    "balanced_weights",
     "calibrate",
     "calibrated_batches",
     "class_cluster_counts",
     "class_distances",
     "class_f1",
+    "class_loss",
     "cluster_features",
     "debiased_centers",
     "digits",
+    "encode",
     "export_parquet",
     "extract_features",
     "grouped_f1",
+    "hold_out",
     "image_encoder",
     "import_pt",
+    "knn_probe",
+    "learn_classes",
+    "learn_towards",
+    "linear_probe",
     "load_features",
     "load_labelled",
+    "log_prior",
+    "logistic_probe",
     "make_long_tailed",
     "run",
     "sample_seed",
