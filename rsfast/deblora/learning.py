@@ -12,7 +12,7 @@ from rsfast.deblora.steps import Run, evaluating, settings, train
 
 
 def learn_towards(
-    encoder: nn.Module, inputs, targets, *, epochs: int = 30, batch_size: int = 128, lr: float = 1e-3,
+    encoder: nn.Module, inputs, targets, *, weights=None, epochs: int = 30, batch_size: int = 128, lr: float = 1e-3,
     weight_decay: float = 1e-2, squared: bool = False, seed: int = 0, device: torch.device | str | None = None,
     precision: str = "fp32", progress: bool = False, checkpoint: str | Path | None = None,
 ) -> list[float]:  # fmt: skip
@@ -32,6 +32,8 @@ def learn_towards(
         encoder: Module whose output for a batch of ``inputs`` is ``(B, D)``.
         inputs: :class:`FeatureInputs`, :class:`ImageInputs`, or features ``(N, D')`` themselves.
         targets: ``(N, D)`` features, row i for input i.
+        weights: ``(N,)`` how much each row counts, at least 0; scaled to a mean of 1. None: all the same, as in the
+            paper, where rows of head classes, whose targets are the features they start with, can outweigh the tail.
         epochs: Passes over the inputs.
         batch_size: Rows a step; the last step of an epoch takes what is left.
         lr: Peak learning rate.
@@ -68,8 +70,10 @@ def learn_towards(
         raise ValueError(f"targets must be {len(inputs)} rows, one for each input, got {len(goal)}")
     inputs.check("inputs")
     goal.check("targets")
+    share = None if weights is None else _shares(weights, len(inputs))
     modules = nn.ModuleList([encoder])
     device = run.device_of(modules)
+    share = share if share is None else share.to(device)
 
     def loss_of(x: Tensor, indices: Tensor) -> Tensor:
         aim = goal.batch(indices, x.device)
@@ -78,11 +82,11 @@ def learn_towards(
         if found.shape != aim.shape:
             raise ValueError(f"encoder must give features of width {goal.dim} as targets have, got {found.shape[1]}")
         difference = found.to(aim.dtype) - aim
-        if squared:
-            return difference.square().sum(1).mean()
-        return torch.linalg.vector_norm(difference, dim=1).mean()  # whose gradient at 0 is 0
+        # the gradient of the norm at 0 is 0
+        far = difference.square().sum(1) if squared else torch.linalg.vector_norm(difference, dim=1)
+        return far.mean() if share is None else (far * share[indices.to(far.device)].to(far.dtype)).mean()
 
-    what = settings(run, inputs, modules, task="towards", squared=squared, data=goal)
+    what = settings(run, inputs, modules, task="towards", squared=squared, data=goal, adjusted=[share])
     return train(modules, inputs, loss_of, run, device, what)
 
 
@@ -196,6 +200,21 @@ def encode(
             done += len(found)
             bar.update(len(found))
     return features
+
+
+def _shares(weights, count: int) -> Tensor:
+    """Weights of rows with a mean of 1, fp32."""
+    found = torch.as_tensor(weights).detach().cpu().double()
+    if found.shape != (count,):
+        raise ValueError(f"weights must be ({count},), one for each input, got {tuple(found.shape)}")
+    wrong = (~(found.isfinite() & (found >= 0))).nonzero()
+    if len(wrong) or not found.any():
+        raise ValueError(
+            f"weights must be finite, at least 0 and not all 0; that of row {int(wrong[0])} is {found[wrong[0]].item()}"
+            if len(wrong)
+            else "weights must not all be 0"
+        )
+    return (found / found.mean()).float()
 
 
 def _features(encoder: nn.Module, x: Tensor) -> Tensor:
