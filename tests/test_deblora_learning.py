@@ -92,6 +92,16 @@ def test_losses_are_mean_distances():
     assert learn_towards(FullMap(2), z, targets, **options | {"batch_size": 2}) == pytest.approx([10.0], abs=1e-6)
 
 
+def test_weights_of_rows():
+    """Distances 0, 5 and 10 with weights of 2, 1 and 1, which are scaled to 3/2, 3/4 and 3/4."""
+    z, targets = torch.zeros(3, 2), torch.tensor([[0.0, 0], [3, 4], [6, 8]])
+    options = dict(epochs=1, batch_size=3, lr=1e-9)
+    assert learn_towards(FullMap(2), z, targets, weights=[2, 1, 1], **options) == [3.75]
+    for weights, text in (([1, 1], "must be .3,.,"), ([1, -1, 1], "row 1 is -1"), ([0] * 3, "not all be 0")):
+        with pytest.raises(ValueError, match=text):
+            learn_towards(FullMap(2), z, targets, weights=weights, **options)
+
+
 def test_least_squares_are_found():
     """Squared distances of a full map have one minimum, which lstsq gives; from features with a column of ones."""
     z = rows(40, 3).double()
@@ -295,14 +305,14 @@ def test_images_through_a_tower_with_lora():
 
 
 def test_random_transforms_depend_on_seed_and_index_not_on_workers():
-    def noisy(image):
-        return pixels(image) + torch.rand(3, 16, 16)
+    def draws(workers=0):
+        return ImageInputs(Pictures(4), lambda image: torch.rand(2), workers)
 
     batches = [torch.tensor([0, 3]), torch.tensor([1])]
-    found = [list(ImageInputs(Pictures(4), noisy, workers).batches(batches, "cpu", seed=7)) for workers in (0, 1)]
+    found = [list(draws(workers).batches(batches, "cpu", seed=7)) for workers in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert torch.equal(found[0][0], ImageInputs(Pictures(4), noisy).batch([0, 3], "cpu", seed=7))
-    assert not torch.equal(found[0][0], ImageInputs(Pictures(4), noisy).batch([0, 3], "cpu", seed=8))
+    assert torch.equal(found[0][0], draws().batch([0, 3], "cpu", seed=7)) and found[0][0].unique().numel() == 4
+    assert not torch.equal(found[0][0], draws().batch([0, 3], "cpu", seed=8))
 
 
 # ------------------------------------------------------------------ encoding, inputs, refusals

@@ -114,6 +114,15 @@ def test_c_is_chosen_on_val_and_fitted_again_on_both():
     assert np.abs(probe.weight.numpy() - both.coef_).max() <= 1e-5 * np.abs(both.coef_).max()
 
 
+def test_of_equally_good_the_first_is_chosen():
+    """The smallest C, however they are given, and the first epoch: classes far apart, which nearly any probe tells."""
+    x, labels = blobs([9, 9], spread=0.01)
+    probe = logistic_probe(x, labels, val=(x, labels), Cs=[10.0, 0.1, 1.0])
+    assert probe.chosen["C"] == 0.1 and probe.chosen["val_f1"] == 100
+    probe = linear_probe(x, labels, val=(x, labels), lr=0.1, epochs=60)
+    assert probe.chosen["val_f1"] == 100 and probe.chosen["epoch"] < 60
+
+
 def test_a_class_without_rows_is_never_predicted():
     x, labels = blobs([10, 0, 10])
     for loss in ("ce", "reweight", "logit-adjust"):
