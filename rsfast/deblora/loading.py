@@ -95,7 +95,7 @@ def load_labelled(
         return _from_folder(
             Path(path), images, format, classes, label_folder, difficult, {"crop": crop, "margin": margin}
         )
-    source = ", ".join(map(str, files.values()))
+    source = ", ".join(map(str, files.values() if isinstance(path, Mapping) else [path]))
     if format == "csv":
         rows = labelled_csv_rows(files, csv_path_key, csv_label_key, csv_split_key, csv_separator, csv_encoding)
     elif format == "harma":
