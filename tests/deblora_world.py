@@ -9,8 +9,8 @@ def picture(number, size=(12, 8)):
     return Image.fromarray(pixels)
 
 
-def write(root, *names):
+def write(root, *names, size=(12, 8)):
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(number).save(root / name)
+        picture(number, size).save(root / name)
     return root

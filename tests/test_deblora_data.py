@@ -51,6 +51,7 @@ def test_class_folders(tmp_path):
     data = load_labelled(root, classes=["c", "A", "missing"])
     assert rows(data) == [("a/1.png", "A", None), ("c/1.png", "c", None)] and data.classes == ("c", "A", "missing")
     assert data.left_out["b/2.png"] == "b is none of the classes"
+    assert load_labelled(root, classes=["B", "-b"]).labels.tolist() == [0, 0]  # the first of those that are alike
 
 
 def test_folders_of_splits(tmp_path):
@@ -222,6 +223,13 @@ def test_harma_json(tmp_path):
     assert data.classes == ("0", "1", "river")
     assert rows(data) == [("0.png", "river", "test"), ("0.png#1", "river", "train"), ("1.png", "0", "train")]
     assert data.left_out == {f"{tmp_path}/test.json, row 1": "3.png has no label"}
+    named = [
+        {"image": "0.png", "label": 0, "label_name": "Port"},
+        {"image": "1.png", "label": 1, "label_name": "Field"},
+    ]
+    (tmp_path / "o.json").write_text(json.dumps(named))
+    for classes, labels in ((None, [0, 1]), (["field", "ice", "port"], [2, 0])):  # names count then, not ids
+        assert load_labelled(tmp_path / "o.json", classes=classes).labels.tolist() == labels
     names = [{"image": f"{k}.png", "label_name": name} for k, name in enumerate(("Port", "Field", "Port"))]
     (tmp_path / "n.json").write_text(json.dumps(names))
     data = load_labelled(tmp_path / "n.json")
@@ -310,6 +318,10 @@ def test_what_cannot_be_told(tmp_path):
     for path in (tmp_path / "no", {"train": tmp_path / "no.csv"}):
         with pytest.raises(FileNotFoundError, match="there is no"):
             load_labelled(path)
+    with pytest.raises(ValueError, match=r"splits that differ, got \['val', 'validation'\]"):
+        load_labelled(dict.fromkeys(("val", "validation"), root / "test.csv"))
+    with pytest.raises(ValueError, match="crop must be bounds or rotated, got 'square'"):
+        load_labelled(tmp_path / "g", crop="square")
     with pytest.raises(FileNotFoundError, match=r"none of the 1 images that .* for example 1\.png; images= says"):
         load_labelled(root / "a_train.txt", tmp_path / "g")
     with pytest.raises(ValueError, match="classes must be names that differ"):

@@ -125,6 +125,11 @@ def test_distances_are_those_of_the_formula_in_any_portions(dtype):
 def test_distances_at_the_borders():
     one = class_distances(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), [2, 2], groups={"tail": [2]})
     assert math.isnan(one["inter"]) and one["intra"] == pytest.approx(0, abs=1e-6) and one["intra"] >= 0
+    for width in range(1, 30):  # a row is at no distance from itself, also where its cosine is rounded up
+        row = torch.linspace(0.1, 1, width)[None]
+        assert (
+            class_distances(row, [0])["intra"] == pytest.approx(0, abs=1e-6) and class_distances(row, [0])["intra"] >= 0
+        )
     zeros = class_distances(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), [0, 1])
     assert zeros == {"inter": 1.0, "intra": 0.5}
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 row\(s\): 1"):
