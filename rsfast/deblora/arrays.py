@@ -11,7 +11,7 @@ from torch import Tensor
 
 KINDS = {np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 BATCH_BYTES = 2**25  # of rows read at once
-SCATTERED = 256  # rows read between giving pages back: each may bring 64 KiB of its neighbours along
+SCATTERED = 64  # rows read between giving pages back: each may bring 64 KiB of its neighbours along
 NAMED = 5  # wrong rows that an error lists
 
 

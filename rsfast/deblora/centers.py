@@ -92,9 +92,12 @@ def _with_means_of_noise(rows: Rows, labels: Tensor, mu: Tensor) -> Tensor:
     if rows.dim != mu.shape[1]:
         raise ValueError(f"centers must be {rows.dim} wide, as features, got {mu.shape[1]}")
     alone = mu[:, 0].isnan()[labels].nonzero()[:, 0]
+    if not len(alone):
+        return mu
     sums, counts = torch.zeros_like(mu, dtype=torch.float64), torch.bincount(labels[alone], minlength=len(mu))
     for some in alone.split(max(1, BATCH_BYTES // rows.dim // rows.dtype.itemsize)):
-        theirs = as_rows(rows.take(some, mu.device), rows.name)
-        theirs.check()
-        sums += rsfast.kmeans_update(theirs.all(), labels[some], len(mu)).sums
+        theirs = rows.take(some, mu.device)
+        if not theirs.isfinite().all():
+            rows.check()  # which names them
+        sums += rsfast.kmeans_update(theirs, labels[some], len(mu)).sums
     return torch.where((counts > 0)[:, None], (sums / counts[:, None]).to(mu), mu)

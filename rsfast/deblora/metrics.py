@@ -67,6 +67,30 @@ def grouped_f1(
     return result | {"mean": 100 * _mean(scores)}
 
 
+def class_f1(y_true, y_pred, n_classes: int) -> np.ndarray:
+    """F1 of each class in percent, (C,) fp64; NaN for a class that neither ``y_true`` nor ``y_pred`` has.
+
+    Args:
+        y_true: (N,) class ids, N at least 1.
+        y_pred: (N,) class ids.
+        n_classes: C.
+
+    Raises:
+        ValueError: The arguments are not such.
+
+    Example:
+        >>> from rsfast.deblora import class_f1
+        >>> class_f1([0, 0, 0, 1], [0, 0, 1, 1], 3).round(1)
+        array([80. , 66.7,  nan])
+    """
+    true = as_integers(y_true, "y_true", len(y_true), most=n_classes - 1).numpy(force=True)
+    predicted = as_integers(y_pred, "y_pred", len(true), most=n_classes - 1).numpy(force=True)
+    found = np.full(n_classes, np.nan)
+    scores = _f1(true, predicted)
+    found[: len(scores)] = 100 * scores
+    return found
+
+
 def _members(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     unknown = [group for group in groups if group not in GROUPS]
     if unknown:
