@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsfast.deblora import ClassCounts, class_distances, grouped_f1
+from rsfast.deblora import ClassCounts, class_distances, class_f1, grouped_f1
 
 GROUPS = {"head": [0, 3], "middle": [1], "tail": [2, 4]}
 
@@ -29,6 +29,8 @@ def test_both_styles_are_those_of_scikit_learn(seed):
         assert strict[group] == pytest.approx(expected, rel=1e-12)
         expected = 100 * f1_score(true[rows], predicted[rows], average="macro", zero_division=0)
         assert deblora[group] == pytest.approx(expected, rel=1e-12) and deblora[group] != strict[group]
+    single = 100 * f1_score(true, predicted, labels=range(7), average=None, zero_division=np.nan)
+    np.testing.assert_allclose(class_f1(true, predicted, 7), single, rtol=1e-12)
     assert strict["mean"] == deblora["mean"]
     assert strict["mean"] == pytest.approx(100 * f1_score(true, predicted, average="macro"), rel=1e-12)
 
