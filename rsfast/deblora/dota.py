@@ -93,6 +93,7 @@ def _boxes(content: bytes, where: str) -> Iterator[tuple[int, tuple[float, ...],
                 raise ValueError(f"difficult {words[9]!r}")
         except ValueError as error:
             raise ValueError(
-                f"{where}, line {number}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 category difficult', got {error} in {line!r}"
+                f"{where}, line {number}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 category difficult', got {error} in "
+                f"{line!r}"
             ) from error
         yield number, box, words[8], int(words[9]) > 0
