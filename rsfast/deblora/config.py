@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import torch
+
 from rsfast.deblora.methods import DEFAULT, parse_methods
 
 Clusterer = Literal["kmeans", "minibatch", "dbscan", "hdbscan"]
@@ -21,14 +23,18 @@ class RunConfig:
         image_root: Where the images are that a file names.
         image_format: As in :func:`load_labelled`.
         model: open_clip's or timm's name, for images.
-        pretrained: open_clip's tag or a weights file; for timm "" (its own weights), a file, or None: random weights.
+        pretrained: Weights of the model, see :func:`rsfast.deblora.sources.backbone`.
         method: Names of methods, see :data:`rsfast.deblora.METHODS`.
         seeds: A run of every method for each: of the long tail drawn, of clustering, of training.
         clusters: K.
         rho: Balance of clusters, n_k >= N / (K rho); 2 since the paper's value is unknown to us. None: no constraint.
         clusterer: ``kmeans``, ``minibatch``, ``dbscan`` or ``hdbscan``.
         alpha: ``"auto"`` is the paper's min(1, 10 / ir_c), or one number for all tail classes.
-        imbalance: Training rows are drawn so that the largest class has so many times the smallest's. None: all rows.
+        target_set: What the LoRA is learned on: ``"all"`` training rows, as the paper's equation 4 reads, of which the
+            head's targets are the features themselves; ``"balanced"``: all, each class with the same weight in total;
+            ``"tail"``: rows of the classes that are moved.
+        imbalance: Training rows are drawn so that the largest class has so many times the smallest's. None: all rows;
+            100 for the digits.
         groups: ``"auto"`` (thirds by size) or ``"dota"``, as in :class:`ClassCounts`.
         f1_style: As in :func:`grouped_f1`.
         rank: Of LoRA.
@@ -37,9 +43,11 @@ class RunConfig:
         deblora_epochs: Of training towards calibrated features.
         lr: Peak learning rate of both. None: 1e-3 for maps on features, 1e-4 for backbones.
         weight_decay: Of both.
-        batch_size: Rows a step.
+        batch_size: Rows a step. None: 256 features, 64 images.
         probe: ``linear`` (the authors'), ``logistic`` or ``knn``.
-        val_share: Share of each class's training rows, rounded down, on which the probe's settings are chosen.
+        val_share: Share of each class's training rows on which the probe's settings are chosen, as :func:`hold_out`
+            draws them, where the data have no validation rows of their own. 0: none.
+        test_share: Share of each class's rows that become test rows, where the data have none of their own.
         device: Default: a GPU if there is one.
         precision: Of a backbone, ``fp32``, ``bf16`` or ``fp16``; default bf16 on a GPU, fp32 elsewhere.
         workers: Processes that decode images.
@@ -58,6 +66,7 @@ class RunConfig:
     rho: float | None = 2.0
     clusterer: Clusterer = "kmeans"
     alpha: str | float = "auto"
+    target_set: Literal["all", "balanced", "tail"] = "balanced"
     imbalance: float | None = None
     groups: Literal["auto", "dota"] = "auto"
     f1_style: Literal["strict", "deblora"] = "strict"
@@ -67,9 +76,10 @@ class RunConfig:
     deblora_epochs: int = 10
     lr: float | None = None
     weight_decay: float = 0.01
-    batch_size: int = 256
+    batch_size: int | None = None
     probe: Literal["linear", "logistic", "knn"] = "logistic"
     val_share: float = 0.2
+    test_share: float | None = None
     device: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     workers: int = 0
@@ -88,6 +98,8 @@ class RunConfig:
             raise ValueError(f"seeds must differ from each other, got {self.seeds!r}")
         for name in ("clusters", "rank", "epochs", "deblora_epochs", "batch_size"):
             value = getattr(self, name)
+            if value is None and name == "batch_size":
+                continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name, least in (("rho", 1), ("imbalance", 1)):
@@ -104,8 +116,11 @@ class RunConfig:
             raise ValueError(f"alpha must be 'auto' or a number from 0 to 1, got {self.alpha!r}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share!r}")
+        if self.test_share is not None and not 0 < self.test_share < 1:
+            raise ValueError(f"test_share must be between 0 and 1, got {self.test_share!r}")
         for name, choices in (
             ("clusterer", ("kmeans", "minibatch", "dbscan", "hdbscan")),
+            ("target_set", ("all", "balanced", "tail")),
             ("groups", ("auto", "dota")),
             ("f1_style", ("strict", "deblora")),
             ("probe", ("linear", "logistic", "knn")),
@@ -113,3 +128,7 @@ class RunConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+
+    def place(self) -> str:
+        """The device to compute on."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,5 @@
 """The seeds' table: rows methods, columns macro F1 of head, middle, tail and all, distances, seconds."""
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ def table(rows: Sequence[dict], key: str = "method", title: str | None = None) -
     """Text of a table: one line for each value of ``key``, in order of appearance; mean and spread over the rest.
 
     Args:
-        rows: Dictionaries with ``key``, ``seed`` and the columns; F1 in percent, NaN where a group has no class.
+        rows: Dictionaries with ``key``, ``seed`` and the columns; F1 in percent, None where a group has no class.
         key: What a line is about.
         title: Heading of its names.
 
@@ -40,7 +39,7 @@ def table(rows: Sequence[dict], key: str = "method", title: str | None = None) -
 
 
 def _cell(values: list[float], decimals: int) -> str:
-    values = [value for value in values if value is not None and not math.isnan(value)]
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
     text = f"{statistics.fmean(values):.{decimals}f}"
