@@ -1,5 +1,6 @@
 """Features of a data set's images: of any backbone, resumable to the byte, broken images named."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from rsfast.deblora import FeatureStore, image_encoder, sample_seed
+from rsfast.deblora.backbones import described
 from rsfast.harma import CaptionedImages
 from rsfast.models import add_lora, lora_layers
 from tests.scenes import Mean, Scenes, contents, extract, pixels
@@ -47,6 +49,11 @@ def test_open_clips_own_preprocessing_is_the_default():
     model.visual.preprocess_cfg = dict(size=(16, 16), mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5))
     _, transform = image_encoder(model)
     assert torch.equal(transform(Image.new("RGB", (20, 20), (255, 255, 255))), torch.full((3, 16, 16), 2.0))
+
+
+def test_what_is_compared_after_a_restart_does_not_change_with_the_process():
+    assert described(pixels) == "tests.scenes.pixels"
+    assert described(functools.partial(pixels, 3)) == "functools.partial(<function pixels>, 3)"
 
 
 @pytest.mark.parametrize("options", [

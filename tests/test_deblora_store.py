@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import zlib
 
 import numpy as np
 import pytest
@@ -205,6 +206,13 @@ def test_verify_names_a_damaged_byte(store, name, at, rows):
     damage(store.folder / name, at)
     with pytest.raises(ValueError, match=f"{name}, rows {rows}$"):
         FeatureStore(store.folder).verify()
+
+
+def test_checksums_go_on_from_block_to_block(store):
+    content = (store.folder / files.FEATURES).read_bytes()
+    assert files.crc32_of(store.folder / files.FEATURES, 3, 50, block=7) == zlib.crc32(content[3:53])
+    with pytest.raises(ValueError, match="features.bin is damaged: it ends 1 bytes too early"):
+        files.crc32_of(store.folder / files.FEATURES, 3, len(content) - 2)
 
 
 def damage(path, at):

@@ -39,6 +39,7 @@ def extract_features(
 
     A batch is one append. Started again, the rows there must be the first ones of the data set, and model, transform,
     batch size, precision and device those of before; then the finished store is, byte by byte, what one run gives.
+    Compared are the model's layers and weights, the text (``repr``) of the transform, and names and labels, not images.
 
     Args:
         model: What :func:`image_encoder` knows. It is put into evaluation mode for the time being.
