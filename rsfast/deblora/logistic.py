@@ -107,6 +107,7 @@ def _fit(
         gradient = torch.cat([(d.T.to(x.dtype) @ x).double() + penalty * W, d.sum(0)[:, None]], 1)
         return value.item(), gradient.cpu().numpy().ravel()
 
+    present = present.numpy()
     first = start[present]
     first[:, -1] += first[:, :-1] @ away
     found = minimize(
