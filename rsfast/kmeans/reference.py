@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+CANCELLED = 2.0**-6  # of the terms, below which a difference of them is computed another way
+_AT_ONCE = 2**22  # numbers of a chunk of rows: what a cache holds
+
 
 class Assignment(NamedTuple):
     """Nearest centre of every row, and how far it is."""
@@ -87,13 +90,20 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def kmeans_distances(x: Tensor, centers: Tensor) -> Tensor:
-    """``||x_i - c_k||^2`` about the mean centre, which keeps what a common offset would round away."""
+    """``||x_i - c_k||^2`` about the mean centre, which keeps what a common offset would round away.
+
+    What is left of much larger numbers has lost their digits: such pairs are taken from differences.
+    """
     middle, parts = centers.double().mean(0), []
     offsets = centers.double() - middle
     for rows in _chunks(x, centers):
-        near, c = rows - middle.to(rows), offsets.to(rows)
-        squares = near.square().sum(1, keepdim=True) + c.square().sum(1)
-        parts.append(torch.addmm(squares, near, c.T, alpha=-2).clamp(min=0).to(_result(x)))
+        near, c, own = rows - middle.to(rows), offsets.to(rows), centers.to(rows)
+        sizes = near.square().sum(1, keepdim=True) + c.square().sum(1)
+        squares = torch.addmm(sizes, near, c.T, alpha=-2).clamp(min=0)
+        for pairs in (squares < CANCELLED * sizes).nonzero().split(max(1, _AT_ONCE // x.shape[1])):
+            i, k = pairs.T
+            squares[i, k] = (rows[i] - own[k]).square().sum(1)
+        parts.append(squares.to(_result(x)))
     return torch.cat(parts) if parts else x.new_empty((0, len(centers)), dtype=_result(x))
 
 
@@ -204,7 +214,7 @@ def _result(x: Tensor) -> torch.dtype:
 
 def _chunks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
     """Rows in the working precision, as many as a cache holds (a GPU's memory, generously)."""
-    many = 2**26 if x.is_cuda else 2**22
+    many = 2**26 if x.is_cuda else _AT_ONCE
     rows = max(64, many // max(x.shape[1], len(centers), 1))
     return (part.to(_working(x)) for part in x.split(rows) if len(part))
 

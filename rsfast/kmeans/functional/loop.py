@@ -10,6 +10,7 @@ from rsfast._dispatch import Impl, use_fused
 from rsfast.kmeans import reference
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
+from rsfast.kmeans.functional.plain import plain
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_step, kmeans_update
 
 _RUNNING, _DONE, _EMPTY = range(3)
@@ -30,6 +31,7 @@ class Lloyd(NamedTuple):
     n_iter: Tensor  # () int64
 
 
+@plain
 def lloyd(
     x: Tensor,  # (N, D)
     centers: Tensor,  # (K, D)
