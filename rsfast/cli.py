@@ -11,12 +11,13 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 where it did its work, 2 where the user has to change something."""
     from rsfast import info, tune
+    from rsfast.deblora import command as deblora
     from rsfast.harma import command as harma
     from rsfast.harma import demo
 
     parser = argparse.ArgumentParser(prog="rsfast", description="Adapt vision-language models to remote sensing, fast.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for room in (info, demo, harma, tune):
+    for room in (info, demo, harma, deblora, tune):
         room.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

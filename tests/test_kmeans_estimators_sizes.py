@@ -6,8 +6,7 @@ import torch
 from scipy.optimize import linprog
 
 import rsfast
-from rsfast.kmeans import scaled_bounds, size_bounds
-from rsfast.kmeans.estimators.sizes import _certified
+from rsfast.kmeans import certify, scaled_bounds, size_bounds
 
 KINDS = (rsfast.KMeans, rsfast.MiniBatchKMeans)
 X = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
@@ -50,14 +49,15 @@ def test_labels_are_the_cheapest_that_keep_the_bounds(kind, asked, weighted):
 def test_a_certificate_that_does_not_hold_is_seen():
     costs, ones, most = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.ones(2).long(), torch.full((2,), 2)
     good = torch.tensor([0, 1]), torch.tensor([0.0, 1.5]).double(), ones
-    assert _certified(costs, *good, ones, most)
+    assert certify(costs, *good, ones, most)
     for labels, subsidies, counts, least in (
         (torch.tensor([1, 0]), good[1], ones, ones),  # another order costs more
         (good[0], torch.tensor([0.0, 4.0]).double(), ones, ones),  # row 0 would go too
         (good[0], good[1], ones, 0 * ones),  # paid for a bound that is not in the way
         (good[0], good[1], ones, 2 * ones),  # too few
+        (0 * good[0], good[1], ones, ones),  # not the sizes of these labels
     ):
-        assert not _certified(costs, labels, subsidies, counts, least, most)
+        assert not certify(costs, labels, subsidies, counts, least, most)
 
 
 def test_the_user_writes_one_line():
@@ -134,3 +134,36 @@ def test_as_many_clusters_as_rows_one_each(kind):
     for init in ("k-means++", "random"):
         found = kind(6, init=init, rho=1, random_state=0).fit(x)
         assert sorted(found.labels_.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("rho", [None, 1.5])
+def test_a_stream_goes_on_from_its_state_as_if_it_had_not_stopped(rho):
+    batches = X.numpy().astype(np.float32).reshape(6, 20, 3)
+    options = dict(rho=rho, random_state=3, reassignment_ratio=0.5)
+    stream, stopped = rsfast.MiniBatchKMeans(5, **options), rsfast.MiniBatchKMeans(5, **options)
+    for number, batch in enumerate(batches):
+        stream.partial_fit(batch, label=False)
+        if number == 3:
+            stopped = rsfast.MiniBatchKMeans(5, **options).resume(stopped.state())
+        stopped.partial_fit(batch, label=False)
+    ours, theirs = stream.state(), stopped.state()
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert stream.n_steps_ == 6 and (ours["subsidies"] is None) == (rho is None)
+
+
+def test_a_batch_without_labels_moves_centres_as_one_with():
+    """Without a constraint nothing else goes on with the next batch; with one, the subsidies are those of the step."""
+    one, other = (rsfast.MiniBatchKMeans(4, random_state=0) for _ in range(2))
+    for batch in X.split(40):
+        one.partial_fit(batch)
+        other.partial_fit(batch, label=False)
+    assert one.cluster_centers_.equal(other.cluster_centers_) and one.counts_.equal(other.counts_)
+    assert not hasattr(other, "labels_") and not hasattr(other, "certified_")
+    centers = other.cluster_centers_
+    assert other.partial_fit(X[:40], label=False).inertia_ == pytest.approx(
+        torch.cdist(X[:40], centers).amin(1).square().sum().item(), rel=1e-5
+    )
+    with pytest.raises(ValueError, match="state must hold centers, .* got centers"):
+        one.resume({"centers": 1})
+    with pytest.raises(ValueError, match="of 5 clusters, got shapes"):
+        rsfast.MiniBatchKMeans(5).resume(one.state())

@@ -1,9 +1,7 @@
 """Images with captions, and the caption files they are read from."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import operator
 import re
@@ -13,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from rsfast.harma.images import BrokenImageError, ImageStore, rgb
+from rsfast.harma.tables import csv_rows, described, read_json, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,21 +224,18 @@ Row = tuple[str, str, list[str], object, str | None]  # where it stands, image n
 
 
 def _json_rows(path: Path, split: str) -> Iterator[Row]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, brackets without end
-        raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
+    content = read_json(path)
     if isinstance(content, dict) and "images" in content:
         return _karpathy_rows(path, content["images"], split)
     if not isinstance(content, list):
-        raise ValueError(f"{path} must hold a list of rows, or a dictionary with 'images', got {_described(content)}")
+        raise ValueError(f"{path} must hold a list of rows, or a dictionary with 'images', got {described(content)}")
     return _harma_rows(path, content)
 
 
 def _harma_rows(path: Path, rows: list) -> Iterator[Row]:
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
-        _require(row, ("image", "caption"), where)
+        require(row, ("image", "caption"), where)
         captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
         if not captions:
             raise ValueError(f"{where}: the list of captions of {row['image']} is empty")
@@ -248,20 +244,20 @@ def _harma_rows(path: Path, rows: list) -> Iterator[Row]:
 
 def _karpathy_rows(path: Path, rows: list, split: str) -> Iterator[Row]:
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: 'images' must be a list, got {_described(rows)}")
+        raise ValueError(f"{path}: 'images' must be a list, got {described(rows)}")
     splits = set()
     for number, row in enumerate(rows):
         where = f"{path}, images[{number}]"
-        _require(row, ("filename", "split", "sentences"), where)
+        require(row, ("filename", "split", "sentences"), where)
         splits.add(str(row["split"]))
         if row["split"] != split:
             continue
         if not isinstance(row["sentences"], list) or not row["sentences"]:
             raise ValueError(
-                f"{where}: 'sentences' must be a list that is not empty, got {_described(row['sentences'])}"
+                f"{where}: 'sentences' must be a list that is not empty, got {described(row['sentences'])}"
             )
         for sentence in row["sentences"]:
-            _require(sentence, ("raw",), f"{where}, sentences")
+            require(sentence, ("raw",), f"{where}, sentences")
         # COCO's file keeps the folder apart from the name
         name = f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]
         yield where, name, [sentence["raw"] for sentence in row["sentences"]], None, _label(row)
@@ -270,50 +266,10 @@ def _karpathy_rows(path: Path, rows: list, split: str) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, img_key: str, caption_key: str, separator: str | None, encoding: str | None) -> Iterator[Row]:
-    content = path.read_bytes()
-    for name in [encoding] if encoding else ["utf-8-sig", "gb18030"]:
-        try:
-            text = content.decode(name)
-            break
-        except (UnicodeDecodeError, LookupError) as error:
-            problem = error
-    else:
-        raise ValueError(f"{path} cannot be read as {encoding or 'UTF-8 or GB18030'}: {problem}")
-    header = io.StringIO(text, newline=None).readline().rstrip("\n")
-
-    def lacking(mark):
-        columns = next(csv.reader([header], delimiter=mark), [])
-        return [key for key in (img_key, caption_key) if key not in columns]
-
-    separator = {"\\t": "\t", "tab": "\t"}.get(separator, separator) or min("\t,;", key=lambda mark: len(lacking(mark)))
-    if len(separator) != 1:
-        raise ValueError(f"csv_separator must be one character, got {separator!r}")
-    if lacking(separator):
-        raise ValueError(f"{path}: no column {' and no column '.join(lacking(separator))} in its header {header!r}")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    try:
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            short = [key for key in (img_key, caption_key) if row[key] is None]
-            if short:
-                raise ValueError(f"{where}: the line is too short, it has no {' and no '.join(short)}")
-            yield where, row[img_key], [row[caption_key]], None, _label(row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    for where, row in csv_rows(path, (img_key, caption_key), separator, encoding):
+        yield where, row[img_key], [row[caption_key]], None, _label(row)
 
 
 def _label(row: dict) -> str | None:
     """The scene class that a row gives its image."""
     return next((str(row[key]) for key in ("label", "label_name") if row.get(key) not in (None, "")), None)
-
-
-def _require(row, keys: tuple[str, ...], where: str) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a dictionary, got {_described(row)}")
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}; it has {', '.join(map(str, row)) or 'nothing'}")
-
-
-def _described(value) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"

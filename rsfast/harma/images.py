@@ -56,6 +56,32 @@ class ImageStore:
         # os.path.isfile says no, where Path.is_file raises, to a name that is too long or holds a zero byte
         return os.path.isfile(self.root / name) if self._entries is None else _zip_name(name) in self._entries
 
+    def names(self) -> list[str]:
+        """Of all files, sorted; those of a zip as they stand in it, those of a folder with ``/`` between folders."""
+        if self._entries is not None:
+            return sorted(set(self._entries.values()))
+        folders = ((Path(folder), files) for folder, _, files in os.walk(self.root, followlinks=True))
+        return sorted((folder / file).relative_to(self.root).as_posix() for folder, files in folders for file in files)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that is there."""
+        with self._stream(name) as file:
+            return file.read()
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of an image, of which no more than the head is decoded.
+
+        Raises:
+            BrokenImageError: It is missing, or no image.
+        """
+        if name not in self:
+            raise BrokenImageError(name, f"not in {self.root}")
+        try:
+            with self._stream(name) as file, Image.open(file) as image:
+                return image.size
+        except Exception as error:  # as in open
+            raise BrokenImageError(name, f"{type(error).__name__}: {error}") from error
+
     def open(self, name: str) -> Image.Image:
         """The decoded image in RGB.
 
@@ -68,10 +94,15 @@ class ImageStore:
             if self._entries is None:
                 with Image.open(self.root / name) as image:
                     return rgb(image)
-            with Image.open(io.BytesIO(self._archive().read(self._entries[_zip_name(name)]))) as image:
+            with Image.open(io.BytesIO(self.read(name))) as image:
                 return rgb(image)
         except Exception as error:  # decoders raise nearly anything on damaged bytes, SyntaxError included
             raise BrokenImageError(name, f"{type(error).__name__}: {error}") from error
+
+    def _stream(self, name: str):
+        if self._entries is None:
+            return open(self.root / name, "rb")
+        return self._archive().open(self._entries[_zip_name(name)])
 
     def _archive(self) -> zipfile.ZipFile:
         if self._process != os.getpid():

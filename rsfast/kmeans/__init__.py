@@ -1,6 +1,14 @@
 """k-means: estimators, steps of Lloyd's algorithm with labels that equal a float64 argmin, and a size constraint."""
 
-from rsfast.kmeans.constraint import Constrained, ascend, constrained_assign, dissolve, scaled_bounds, size_bounds
+from rsfast.kmeans.constraint import (
+    Constrained,
+    ascend,
+    certify,
+    constrained_assign,
+    dissolve,
+    scaled_bounds,
+    size_bounds,
+)
 from rsfast.kmeans.estimators import ConvergenceWarning, KMeans, MiniBatchKMeans, NotFittedError
 from rsfast.kmeans.functional import (
     Assignment,
@@ -25,6 +33,7 @@ __all__ = [
     "Step",
     "Update",
     "ascend",
+    "certify",
     "constrained_assign",
     "dissolve",
     "kmeans_assign",

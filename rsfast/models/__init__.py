@@ -14,6 +14,7 @@ from rsfast.models.lora import (
 from rsfast.models.lora_live import check_live
 from rsfast.models.lora_storage import load_lora, save_lora
 from rsfast.models.peft_patch import PatchReport, patch_peft, unpatch
+from rsfast.models.satmae import load_satmae
 from rsfast.models.storage import load_adapters, save_adapters
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "load_adapters",
     "load_harma_checkpoint",
     "load_lora",
+    "load_satmae",
     "lora_layers",
     "merge_lora",
     "patch_peft",

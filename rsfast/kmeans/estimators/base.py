@@ -122,14 +122,19 @@ class Estimator:
                 f"X has {x.shape[1]} features, but {type(self).__name__} is expecting {width} features as input"
             )
 
-    def _keep(self, given: Given, centers: Tensor, labels: Tensor, counts: Tensor, sizes: Sizes | None) -> None:
-        """Attributes that were found, in the kind of what was given."""
-        self.cluster_centers_, self.labels_, self.counts_ = map(given.back, (centers, labels, counts))
+    def _keep(self, given: Given, centers: Tensor, labels: Tensor | None, counts: Tensor, sizes: Sizes | None) -> None:
+        """Attributes that were found, in the kind of what was given; no ``labels``: none were looked for."""
+        self.cluster_centers_, self.counts_ = map(given.back, (centers, counts))
         self.n_features_in_ = centers.shape[1]
-        for name in ("subsidies_", "certified_"):
+        for name in ("labels_", "subsidies_", "certified_"):
             self.__dict__.pop(name, None)
         if sizes is not None:
-            self.subsidies_, self.certified_ = given.back(sizes.subsidies), bool(sizes.certified)
+            self.subsidies_ = given.back(sizes.subsidies)
+        if labels is None:
+            return
+        self.labels_ = given.back(labels)
+        if sizes is not None:
+            self.certified_ = bool(sizes.certified)
 
     def _warn_of_missing(self, labels: Tensor) -> None:
         found = len(labels.unique())

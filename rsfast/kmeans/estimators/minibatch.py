@@ -16,6 +16,11 @@ from rsfast.kmeans.functional.draws import child, seed_of, shuffled
 from rsfast.kmeans.functional.loop import distances_to, total
 from rsfast.kmeans.functional.plain import plain
 
+STATE = {  # of a stream
+    "centers": "cluster_centers_", "counts": "counts_", "subsidies": "subsidies_", "n_steps": "n_steps_",
+    "seed": "_seed", "since": "_since",
+}  # fmt: skip
+
 
 class MiniBatchKMeans(Estimator):
     r"""k-means a batch at a time, with scikit-learn's interface: ``fit`` draws batches, ``partial_fit`` is given them.
@@ -125,8 +130,13 @@ class MiniBatchKMeans(Estimator):
         return self
 
     @plain
-    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "MiniBatchKMeans":
-        """Go on with a batch, from where the last one left off; ``sample_weight`` (B,) weighs it, ``y`` is not used."""
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, label: bool = True) -> "MiniBatchKMeans":
+        """Go on with a batch, from where the last one left off; ``sample_weight`` (B,) weighs it, ``y`` is not used.
+
+        ``label=False`` leaves out the labels of the batch for the new centres, which under a constraint take longer
+        than all the rest: ``labels_`` and ``certified_`` are not there then, ``inertia_`` is that of the step, to the
+        centres before, and ``subsidies_`` are those of the step, as between the batches of ``fit``.
+        """
         given = rows(X)
         x = given.tensor
         weights = sample_weights(sample_weight, x)
@@ -158,8 +168,32 @@ class MiniBatchKMeans(Estimator):
             precision=self.precision,
             impl=self.impl,
         )
-        self._finish(given, weights, step.centers, step.counts, steps + 1, sizes)
+        if label:
+            self._finish(given, weights, step.centers, step.counts, steps + 1, sizes)
+        else:
+            self._keep(given, step.centers, None, step.counts, sizes)
+            self.inertia_, self.n_steps_ = float(step.inertia), steps + 1
         self._seed, self._since = seed, 0 if due else since
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """All that the next ``partial_fit`` goes on from: arrays in the kind of X, and ints."""
+        self._centers()
+        return {name: getattr(self, attribute, None) for name, attribute in STATE.items()}
+
+    def resume(self, state: dict[str, Any]) -> "MiniBatchKMeans":
+        """Go on from ``state()`` of a model of the same parameters: the next batches give the same bits."""
+        if state.keys() != STATE.keys():
+            raise ValueError(f"state must hold {', '.join(STATE)}, got {', '.join(map(str, state))}")
+        centers, counts = (taken(state[name], name).tensor for name in ("centers", "counts"))
+        if centers.dim() != 2 or len(centers) != self.n_clusters or counts.shape != (self.n_clusters,):
+            got = f"{tuple(centers.shape)} and {tuple(counts.shape)}"
+            raise ValueError(f"centers and counts of state must be of {self.n_clusters} clusters, got shapes {got}")
+        for name, attribute in STATE.items():
+            self.__dict__.pop(attribute, None)
+            if state[name] is not None:
+                setattr(self, attribute, state[name])
+        self.n_features_in_ = centers.shape[1]
         return self
 
     def _check_parameters(self, x: Tensor) -> None:

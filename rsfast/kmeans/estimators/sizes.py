@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.kmeans.constraint import ascend, constrained_assign, scaled_bounds, size_bounds
+from rsfast.kmeans.constraint import ascend, certify, constrained_assign, scaled_bounds, size_bounds
 from rsfast.kmeans.functional import kmeans_distances
 
 KEPT = 0.9  # of the subsidies from batch to batch: one batch's chance shortage is forgotten
@@ -48,7 +48,7 @@ class Sizes:
         costs = self._costs(x, centers, weights)
         found = constrained_assign(costs, self.lower, self.upper, subsidies=self.subsidies, impl=self.impl)
         self.subsidies = found.subsidies
-        self.certified = _certified(costs, *found, self.lower, self.upper)
+        self.certified = certify(costs, *found, self.lower, self.upper)
         return found.labels
 
     def subsidise(self, batch: Tensor, centers: Tensor, subsidies: Tensor) -> Tensor:
@@ -61,16 +61,6 @@ class Sizes:
     def _costs(self, x: Tensor, centers: Tensor, weights: Tensor | None) -> Tensor:
         costs = kmeans_distances(x, centers, impl=self.impl)
         return costs if weights is None else costs * weights[:, None]
-
-
-def _certified(costs, labels, subsidies, counts, lower, upper) -> Tensor:
-    """Whether subsidies prove labels to be of least cost: looked at anew, not taken from what found them."""
-    lower, upper = lower.to(counts.device), upper.to(counts.device)
-    reduced = costs.double() - subsidies
-    gaps = reduced.gather(1, labels[:, None])[:, 0] - reduced.min(1).values
-    rounding = 2.0**-40 * (reduced.max() - reduced.min())
-    slack = ((subsidies <= 0) | (counts == lower)) & ((subsidies >= 0) | (counts == upper))
-    return (gaps <= rounding).all() & (slack & (counts >= lower) & (counts <= upper)).all()
 
 
 def _size(size: Any) -> Any:

@@ -1,0 +1,201 @@
+"""Features of a data set's images, into a store, a batch at a time."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from rsfast.deblora.backbones import described, fingerprint, image_encoder
+from rsfast.deblora.diffusion import sample_seed
+from rsfast.deblora.items import Items, collate
+from rsfast.deblora.store import FeatureStore
+from rsfast.deblora.store_files import HEADER
+from rsfast.harma.config import PRECISIONS
+from rsfast.harma.loading import loader
+
+
+def extract_features(
+    model: nn.Module | Callable,
+    dataset,
+    folder: str | os.PathLike,
+    *,
+    transform: Callable | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    dtype: str = "float32",
+    strict: bool = False,
+    progress: bool = False,
+) -> FeatureStore:
+    """Encode the images of a data set into a :class:`FeatureStore`; killed at any moment and started again, it goes on.
+
+    A batch is one append. Started again, the rows there must be the first ones of the data set, and model, transform,
+    batch size, precision and device those of before; then the finished store is, byte by byte, what one run gives.
+
+    Args:
+        model: What :func:`image_encoder` knows. It is put into evaluation mode for the time being.
+        dataset: :class:`LabelledImages`, :class:`rsfast.harma.CaptionedImages`, anything else with ``load(i)``,
+            ``name(i)``, ``label(i)`` and a length; or a data set of PyTorch whose items are ``(image or tensor,
+            label)``, named by their index. ``classes`` and ``splits`` go along where it has them. Labels of rows
+            already there are compared, but for data sets of PyTorch, which would have to load every image to tell.
+        folder: Of the store: a new one, or one that was begun.
+        transform: From a PIL image to (3, H, W). Default: the model's own where it is known. A data set's tensors go
+            through it only if it is given here.
+        batch_size: Images at once.
+        workers: Processes that decode images. Results do not depend on it.
+        device: Where to compute; the model is moved there and stays. Default: where the model is.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast. Default: bf16 on a GPU, fp32 elsewhere.
+        dtype: Of the store, ``float32`` or ``float16``.
+        strict: Raise at the first broken image. Otherwise it is left out, a warning says so at the end, and
+            ``left_out`` of the store names it.
+        progress: Show a bar.
+
+    Returns:
+        The store, open for reading. What was done before an error is kept.
+
+    Raises:
+        ValueError: An option does not fit; the store in ``folder`` was begun with something else (the message says what
+            it was and what it is); an image is broken and ``strict``, or all are; features are not finite (the image is
+            named), or no (B, D).
+        TypeError: ``dataset`` or ``model`` cannot be used, or a transform is needed.
+
+    Precision: features come as the model computes them under autocast, and are rounded to ``dtype``. Deterministic on
+    one device and version of PyTorch as far as the model's operations are.
+
+    Example:
+        >>> import tempfile, torch, rsfast.deblora, rsfast.harma
+        >>> from PIL import Image
+        >>> data = rsfast.harma.CaptionedImages([Image.new("RGB", (8, 8))], ["a field"], [0])
+        >>> size = lambda image: torch.tensor(image.size, dtype=torch.float)
+        >>> store = rsfast.deblora.extract_features(torch.nn.Linear(2, 4), data, tempfile.mkdtemp(), transform=size)
+        >>> store.features.shape, store.names
+        ((1, 4), ['image 0'])
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if precision not in (*PRECISIONS, None):
+        raise ValueError(f"precision must be of {', '.join(PRECISIONS)}, got {precision!r}")
+    encoder, own = image_encoder(model)
+    items = Items(dataset, own if transform is None else transform, tensors=transform is not None)
+    if not len(items):
+        raise ValueError("dataset holds no images")
+    device = _move(encoder, device)
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    settings = {
+        "made_by": "rsfast.deblora.extract_features", "model": type(model).__name__, "weights": fingerprint(encoder),
+        "transform": described(items.transform), "images": len(items), "batch_size": batch_size,
+        "precision": precision, "device": device.type,
+    }  # fmt: skip
+    store, folder = None, Path(folder)
+    try:
+        if (folder / HEADER).exists():
+            store = FeatureStore(folder)
+            _check_begun(store, items, settings, dtype, strict)
+        done = len(store) + len(store.left_out) if store is not None else 0
+        batches = loader(
+            Subset(items, range(done, len(items))), workers=workers, pin_memory=device.type == "cuda",
+            batch_size=batch_size, collate_fn=collate,
+        )  # fmt: skip
+        waiting = []  # batches without one whole image, before it is known how wide a store must be
+        with _evaluating(encoder):
+            for indices, images, labels, broken in tqdm(batches, "features", leave=False, disable=not progress):
+                broken = [(index, items.name(index), reason) for index, reason in broken]
+                if broken and strict:
+                    raise ValueError("an image cannot be used: {}: {}".format(*broken[0][1:]))
+                if not indices and store is None:
+                    waiting.append(broken)
+                    continue
+                names, splits = [items.name(i) for i in indices], [items.split(i) for i in indices]
+                if indices:
+                    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+                        features = _encode(encoder, images.to(device, non_blocking=True), names)
+                else:
+                    features = torch.empty(0, store.dim)
+                if store is None:
+                    width, options = features.shape[1], dict(dtype=dtype, classes=items.classes, metadata=settings)
+                    store = FeatureStore.create(folder, width, **options)
+                    for others in waiting:
+                        store.append(torch.empty(0, width), left_out=others)
+                store.append(features, labels, names, splits, left_out=broken)
+        if store is None or not len(store):
+            first = store.left_out[0] if store is not None else waiting[0][0]
+            raise ValueError(f"none of the {len(items)} images can be used, e.g. {first[1]}: {first[2]}")
+    finally:
+        if store is not None:
+            store.close()
+    if store.left_out:
+        _, name, reason = store.left_out[0]
+        warnings.warn(
+            f"{len(store.left_out)} of {len(items)} images are left out, e.g. {name}: {reason}", stacklevel=2
+        )  # fmt: skip
+    return store
+
+
+def _move(encoder, device: str | torch.device | None) -> torch.device:
+    first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
+    if device is None:
+        return torch.device("cpu") if first is None else first.device
+    if isinstance(encoder, nn.Module):
+        encoder.to(device)
+    return torch.device(device)
+
+
+@contextlib.contextmanager
+def _evaluating(encoder):
+    training = {m: m.training for m in encoder.modules()} if isinstance(encoder, nn.Module) else {}
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _encode(encoder, images: Tensor, names: list[str]) -> Tensor:
+    if getattr(encoder, "takes_seeds", False):
+        features = encoder(images, [sample_seed(name) for name in names])
+    else:
+        features = encoder(images)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"model must give (B, D) features, gave {got} for images {tuple(images.shape)}")
+    features = features.cpu()
+    bad = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"the features of {names[bad[0]]} hold NaN or infinity ({len(bad)} of a batch of {len(names)})"
+        )
+    return features
+
+
+def _check_begun(store: FeatureStore, items: Items, settings: dict, dtype: str, strict: bool) -> None:
+    """Refuse a store where going on would not give what one run would have given."""
+    store.lock()
+    begun, now = {**store.metadata, "dtype": store.dtype.name}, {**settings, "dtype": dtype}
+    for key in now:
+        if begun.get(key) != now[key]:
+            raise ValueError(
+                f"{store.folder} was begun with {key} {begun.get(key)!r}, now it is {now[key]!r}; "
+                "take another folder, or what it was begun with"
+            )
+    left_out = {item.index: item for item in store.left_out}
+    if left_out and strict:
+        _, name, reason = next(iter(left_out.values()))
+        raise ValueError(f"an image cannot be used: {name}: {reason}; it is left out of {store.folder}")
+    present = (i for i in range(len(store) + len(left_out)) if i not in left_out)
+    for row, (index, name, label) in enumerate(zip(present, store.names, store.labels.tolist(), strict=True)):
+        if items.name(index) != name or items.label(index) not in (None, label):
+            raise ValueError(
+                f"{store.folder} was begun with other data: its row {row} is {name!r} of label {label}, "
+                f"but image {index} is {items.name(index)!r} of label {items.label(index)}"
+            )

@@ -1,0 +1,181 @@
+"""Whole comparisons: the rows, the files, what a kill leaves, ablations and the command."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from rsfast import cli
+from rsfast.deblora import FeatureStore, LabelledFeatures, RunConfig, ablate, run, running
+from rsfast.deblora.experiment import _weights, split_rows
+from rsfast.deblora.sources import opened
+from rsfast.deblora.tasks import FeatureTask
+
+KEYS = ["method", "seed", "head", "middle", "tail", "mean", "inter", "intra", "seconds"]
+QUICK = dict(clusters=4, epochs=2, deblora_epochs=2, rank=2, seeds=(0, 1), probe="knn", method="zero-shot,lora,deblora")
+
+
+def blobs(classes=4, rows=60, dim=6):
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), rows)
+    features = (draw.normal(size=(classes, dim)) * 2)[labels] + draw.normal(size=(len(labels), dim))
+    names = [f"class {c}" for c in range(classes)]
+    return LabelledFeatures(features.astype(np.float32), labels, np.arange(len(labels)) % 3 == 0, names, "blobs")
+
+
+def config(tmp_path, **settings):
+    return RunConfig(out=str(tmp_path / "run"), **QUICK | dict(imbalance=20.0) | settings)
+
+
+def task(settings):
+    return FeatureTask(blobs(), settings)
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_every_method_gives_a_row(tmp_path):
+    settings = config(tmp_path, method="all", seeds=(0,), alpha=0.5)
+    seen = []
+    result = run(settings, task(settings), report=seen.append)
+    assert [row["method"] for row in result.rows] == [row["method"] for row in seen]
+    assert len(result.rows) == 18 and all(list(row) == KEYS for row in result.rows)
+    assert all(0 <= row[name] <= 100 for row in result.rows for name in ("head", "middle", "tail", "mean"))
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["rows"] == result.rows and len(found["by_class"]) == 18 * 4
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "calibration.npz", "calibration.png", "f1_by_class.png", "results.json",
+    ]  # fmt: skip
+    by_name = {row["method"]: row for row in result.rows}
+    assert by_name["calibrate"]["inter"] == by_name["zero-shot"]["inter"]  # test features are as they are
+    assert by_name["deblora"]["inter"] != by_name["zero-shot"]["inter"]
+
+
+def test_rows_of_a_seed():
+    settings = RunConfig(out="x", imbalance=20.0, val_share=0.25, rank=2)
+    split = split_rows(task(settings), settings, 0)
+    assert sorted(split.counts.counts.tolist()) == [2, 5, 15, 40]
+    parts = [set(part.tolist()) for part in (split.fit, split.val, split.test)]
+    assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
+    labels = blobs().labels
+    assert sorted(np.bincount(labels[split.val], minlength=4).tolist()) == [1, 1, 4, 10]  # a quarter, rounded, of two one
+    assert len(split.test) == 80 and not (split.test % 3).any()
+    other = split_rows(task(settings), settings, 1)
+    assert set(other.fit.tolist()) != parts[0]
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    whole = config(tmp_path)
+    expected = run(whole, task(whole)).rows
+    cut = dataclasses.replace(whole, out=str(tmp_path / "cut"))
+    calls, compute = [], running.compute
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return compute(*args)
+
+    monkeypatch.setattr(running, "compute", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, task(cut))
+    assert len(json.loads((tmp_path / "cut" / "results.json").read_text())["rows"]) == 3
+    found = run(cut, task(cut)).rows
+    assert len(calls) == 4 + 3 and without_seconds(found) == without_seconds(expected)
+    assert run(cut, task(cut)).rows == found and len(calls) == 7  # all is there
+
+
+def test_methods_and_seeds_can_be_added_and_nothing_else(tmp_path):
+    first = config(tmp_path, method="lora", seeds=(1,))
+    kept = run(first, task(first)).rows
+    more = config(tmp_path, method="zero-shot,lora", seeds=(0, 1))
+    found = run(more, task(more)).rows
+    assert [(row["method"], row["seed"]) for row in found] == [
+        ("zero-shot", 0), ("zero-shot", 1), ("lora", 0), ("lora", 1),
+    ]  # fmt: skip
+    assert found[3] == kept[0]
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    for change in (dict(clusters=5), dict(imbalance=10.0), dict(probe="linear")):
+        with pytest.raises(ValueError, match=f"other settings: {next(iter(change))} .* there and .* here"):
+            run(config(tmp_path, **change), task(more))
+    with pytest.raises(ValueError, match="other settings: data"):
+        run(more, FeatureTask(blobs(rows=61), more))
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "damaged"), ("[]", "is not of rsfast deblora run")])
+def test_a_folder_of_something_else(tmp_path, content, message):
+    settings = config(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run(settings, task(settings))
+
+
+def test_weights_of_target_sets():
+    labels = np.array([0, 0, 0, 1])
+    assert _weights(labels, [1], "all") is None and _weights(labels, [], "tail") is None
+    assert _weights(labels, [1], "tail").tolist() == [0, 0, 0, 1]
+    np.testing.assert_allclose(_weights(labels, [1], "balanced"), [2 / 3, 2 / 3, 2 / 3, 2])
+
+
+def test_ablations_vary_one_setting_at_a_time(tmp_path):
+    settings = config(tmp_path, method="deblora", seeds=(0,))
+    found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
+    names = [row["setting"] for row in found.rows]
+    assert names[:2] == ["clusters=8", "clusters=16"] and "clusters=64" not in names  # fewer rows than that
+    assert "alpha=auto" in names and not any(name.startswith("rank") for name in names)  # all above the width
+    assert json.loads((tmp_path / "run" / "ablations.json").read_text())["rows"] == found.rows
+    assert ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"]).rows == found.rows
+    with pytest.raises(ValueError, match="sweep must be of .* got 'lr'"):
+        ablate(settings, task(settings), sweeps=["lr"])
+
+
+def test_features_from_a_file_a_store_and_nowhere(tmp_path):
+    data = blobs()
+    path = tmp_path / "f.npz"
+    np.savez(path, features=data.features, label=data.labels, is_test=data.is_test, classes=data.classes)
+    splits = np.where(data.is_test, "test", np.where(np.arange(len(data.labels)) % 3 == 1, "val", "train"))
+    with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:
+        store.append(data.features, data.labels, splits=splits.tolist())
+    _, from_file = opened(config(tmp_path, features=str(path)))
+    _, from_store = opened(config(tmp_path, features=str(tmp_path / "store")))
+    assert np.array_equal(from_file.frozen, from_store.frozen) and not from_file.is_val.any()
+    split = split_rows(from_store, config(tmp_path, imbalance=None), 0)
+    assert [len(part) for part in split[:3]] == [80, 80, 80] and (split.val % 3 == 1).all()
+    settings, digits = opened(RunConfig(out="x"))
+    assert settings.imbalance == 100 and digits.frozen.shape[1] == 64
+
+
+def test_test_rows_can_be_drawn(tmp_path):
+    data = blobs()
+    with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:
+        store.append(data.features, data.labels)
+    with pytest.raises(ValueError, match="names no test rows: its splits are none; test_share draws some"):
+        opened(config(tmp_path, features=str(tmp_path / "store")))
+    _, found = opened(config(tmp_path, features=str(tmp_path / "store"), test_share=0.25))
+    assert np.bincount(found.labels[found.is_test]).tolist() == [15] * 4
+
+
+def test_the_command(tmp_path, capsys):
+    data = blobs()
+    path = tmp_path / "f.npz"
+    np.savez(path, features=data.features, label=data.labels, is_test=data.is_test, classes=data.classes)
+    arguments = ["deblora", "run", "--features", str(path), "--clusters", "4", "--rho", "2", "--imbalance", "20",
+                 "--seeds", "0", "1", "--method", "lora,deblora", "--epochs", "1", "--rank", "2", "--probe", "knn",
+                 "--deblora-epochs", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["method", "head", "middle", "tail"] and "±" in lines[1]
+    assert [line.split()[0] for line in lines[1:3]] == ["lora", "deblora"] and lines[3].startswith("written: ")
+    assert err.count("seed 1:") == 2
+    assert cli.main([*arguments, "--rho", "none"]) == 2
+    assert "rho 2.0 there and None here" in capsys.readouterr().err
+    assert cli.main(["deblora", "run", "--features", str(tmp_path / "no.npz"), "--out", str(tmp_path / "b")]) == 2
+    assert "no.npz" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    ablation = ["deblora", "ablate", *arguments[2:], "--out", str(tmp_path / "c"), "--sweep", "target_set"]
+    assert cli.main(ablation) == 0
+    assert "target_set=tail" in capsys.readouterr().out
