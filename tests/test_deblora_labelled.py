@@ -1,109 +1,105 @@
-"""Comparisons on images: the backbone's own LoRA, and features kept between methods."""
+"""Labelled images: crops, what is decoded when, parts and subsets, and what is refused."""
 
-import json
+import pickle
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from torch.utils.data import DataLoader
 
-from rsfast import cli
-from rsfast.deblora import FeatureStore, RunConfig, run
-from rsfast.deblora.sources import backbone, opened
-from rsfast.models import lora_layers
+from rsfast.deblora import LabelledImages
+from rsfast.harma import BrokenImageError, ImageStore
+from tests.deblora_world import picture, write
 
-TINY = dict(
-    embed_dim=8,
-    vision_cfg=dict(layers=1, width=16, head_width=8, patch_size=8, image_size=16),
-    text_cfg=dict(layers=1, width=8, heads=1, context_length=6),
+
+class CountingStore(ImageStore):
+    def __init__(self, root):
+        super().__init__(root)
+        self.opened = []
+
+    def open(self, name):
+        self.opened.append(name)
+        return super().open(name)
+
+
+def test_an_image_is_decoded_once_for_the_crops_that_follow_each_other(tmp_path):
+    store = CountingStore(write(tmp_path, "a.png", "b.png", size=(40, 30)))
+    box = [[1, 1], [4, 1], [4, 3], [1, 3]]
+    names = ["a.png", "".join("a.png"), "b.png", "a.png"]  # equal, and two objects
+    data = LabelledImages(names, [0, 1, 0, 1], ["x", "y"], store, boxes=[box] * 4)
+    assert [data.load(k).size for k in range(4)] == [(3, 2)] * 4 and store.opened == ["a.png", "b.png", "a.png"]
+    assert data.names == ["a.png#0", "a.png#1", "b.png#0", "a.png#2"]
+    assert len(pickle.dumps(data)) < 3000  # the image is not sent along
+    assert pickle.loads(pickle.dumps(data)).load(2).size == (3, 2)
+    loaded = DataLoader(range(4), batch_size=None, num_workers=2, collate_fn=lambda k: np.asarray(data.load(k)))
+    for index, crop in enumerate(loaded):
+        np.testing.assert_array_equal(crop, np.asarray(data.load(index)))
+    with pytest.raises(BrokenImageError, match="c.png: not in"):
+        LabelledImages(["c.png"], [0], ["x"], store, boxes=[box]).load(0)
+
+
+def test_a_crop_with_a_margin_and_a_crop_turned_upright():
+    image = picture(0, (40, 30))
+    box = [[10, 10], [20, 10], [20, 14], [10, 14]]
+    pixels = np.asarray(image)
+
+    def crop(box, **options):
+        return np.asarray(LabelledImages([image], [0], ["x"], boxes=[box], **options).load(0))
+
+    np.testing.assert_array_equal(crop(box, margin=0.5), pixels[8:16, 5:25])
+    np.testing.assert_array_equal(crop(box, margin=9.0), pixels)
+    np.testing.assert_array_equal(crop(box, crop="rotated"), pixels[10:14, 10:20])
+    np.testing.assert_array_equal(crop(box, crop="rotated", margin=0.5), pixels[8:16, 5:25])
+    # by a quarter and a half: the first corner goes to the top left
+    quarter, half = box[1:] + box[:1], box[2:] + box[:2]
+    np.testing.assert_array_equal(crop(quarter, crop="rotated"), np.rot90(pixels[10:14, 10:20]))
+    np.testing.assert_array_equal(crop(half, crop="rotated"), pixels[10:14, 10:20][::-1, ::-1])
+    over = crop([[-5, 0], [5, 0], [5, 4], [-5, 4]], crop="rotated")
+    assert over.shape == (4, 10, 3) and not over[:, :5].any() and (over[:, 5:] == pixels[:4, :5]).all()
+    # a square of side sqrt(32) on its corner
+    diamond = [[10, 6], [14, 10], [10, 14], [6, 10]]
+    assert crop(diamond).shape == (8, 8, 3) and crop(diamond, crop="rotated").shape == (6, 6, 3)
+    for box, reason in (
+        ([[50, 5], [60, 5], [60, 9], [50, 9]], "lies outside"),
+        ([[5, -9], [9, -9], [9, 0], [5, 0]], "lies outside"),  # and touches
+        ([[1, 1]] * 4, "has no area"),
+    ):
+        with pytest.raises(BrokenImageError, match=f"image 0#0: the box .* {reason}"):
+            crop(box)
+
+
+def test_parts_and_subsets_keep_names_and_classes():
+    images = [picture(k) for k in range(4)]
+    data = LabelledImages(images, np.array([2, 0, 2, 1]), ["a", "b", "c"], splits=["train", "test", "train", "test"])
+    few = data.subset(np.array([3, 0]))
+    assert few.names == ["image 3", "image 0"] and few.labels.tolist() == [1, 2] and few.splits == ["test", "train"]
+    assert few.classes == ("a", "b", "c") and (np.asarray(few.load(1)) == np.asarray(images[0])).all()
+    assert data.part("test").subset([1]).names == ["image 3"]
+    for indices, message in (
+        ([4], "in 0..3, got 4"),
+        ([], "holds no images"),
+        ([1, 1], "image 1 is there more than once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.subset(indices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(images=[]), "the data holds no images"),
+        (dict(images=["a.png"]), "need a store"),
+        (dict(labels=[0, 0]), "1 images but 2 labels"),
+        (dict(labels=[1]), r"labels must be in 0..0, got 1 at index 0"),
+        (dict(labels=["x"]), "labels must be integers"),
+        (dict(classes=["x", "x"]), "classes must differ"),
+        (dict(boxes=[[1, 2, 3, 4]]), r"boxes must be \(1, 4, 2\) finite numbers, got \(1, 4\)"),
+        (dict(boxes=np.full((1, 4, 2), np.nan)), "finite numbers"),
+        (dict(splits=[]), "1 images but 0 splits"),
+        (dict(names=["a", "b"]), "1 images but 2 names"),
+        (dict(crop="square"), "crop must be bounds or rotated, got 'square'"),
+        (dict(margin=-1), "margin must be a number of at least 0"),
+    ],
 )
-
-
-@pytest.fixture
-def scene(tmp_path):
-    """Three classes of colour, 12 training and 4 test images each, and a config of open_clip."""
-    draw = np.random.default_rng(0)
-    for part, count in (("train", 12), ("test", 4)):
-        for c, name in enumerate(("field", "river", "tank")):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                pixels[..., c] += 120
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    return tmp_path
-
-
-def settings(scene, **more):
-    quick = dict(clusters=3, epochs=1, deblora_epochs=1, rank=2, probe="knn", seeds=(0,), batch_size=8, alpha=0.5)
-    return RunConfig(
-        out=str(scene / "run"), images=str(scene / "images"), model=str(scene / "tiny.json"), imbalance=12.0,
-        **quick | more,
-    )  # fmt: skip
-
-
-def test_every_method_on_images(scene):
-    result = run(settings(scene, method="zero-shot,fine-tune,lora,clora,deblora,fine-tune+deblora,clora+deblora"))
-    assert len(result.rows) == 7
-    by_name = {row["method"]: row for row in result.rows}
-    assert len({row["inter"] for row in result.rows}) == 7  # every one has changed the features in its way
-    store = FeatureStore(scene / "run" / "features")
-    assert len(store) == 48 and store.dim == 8
-    assert by_name["zero-shot"]["mean"] > 50  # colours are easy
-
-
-def test_lora_is_in_the_backbone_and_nothing_else_learns(scene):
-    _, task = opened(settings(scene))
-    frozen = task.encoder(None)
-    assert not any(p.requires_grad for p in frozen.parameters())
-    for encoder in (task.encoder("lora"), task.with_lora(task.encoder("full"), "full"), task.with_lora(frozen, None)):
-        names = [name for name, p in encoder.named_parameters() if p.requires_grad]
-        assert names and all("lora_" in name for name in names) and len(lora_layers(encoder)) == 2
-    assert all(p.requires_grad for p in task.encoder("full").parameters())
-    assert not lora_layers(task.backbone)  # methods work on copies
-    images = next(iter(task.inputs(np.arange(4)).batches([torch.arange(4)], "cpu")))
-    wise = task.encoder("class-wise").eval()
-    with torch.no_grad():
-        every, logits = wise.forward_all(images), wise.logits(images)
-        expected = torch.stack([wise.head(every[:, c])[:, c] for c in range(3)], 1)
-        torch.testing.assert_close(logits, expected)
-        mixed = torch.einsum("bc,bcd->bd", expected.softmax(1), every)
-        torch.testing.assert_close(wise(images), mixed)
-
-
-def test_class_wise_lora_equals_one_lora_a_class(scene):
-    _, task = opened(settings(scene))
-    wise, single = task.encoder("class-wise").eval(), task.encoder("lora").eval()
-    draw = torch.Generator().manual_seed(0)
-    for layer in lora_layers(wise.backbone).values():
-        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=draw)
-    images = next(iter(task.inputs(np.arange(5)).batches([torch.arange(5)], "cpu")))
-    with torch.no_grad():
-        every = wise.forward_all(images)
-        for c in range(3):
-            for one, many in zip(lora_layers(single).values(), lora_layers(wise.backbone).values(), strict=True):
-                one.lora_A.copy_(many.lora_A[c])
-                one.lora_B.copy_(many.lora_B[c])
-            torch.testing.assert_close(every[:, c], single(images), rtol=1e-5, atol=1e-5)
-
-
-def test_broken_images_are_left_out_of_all(scene):
-    (scene / "images" / "train" / "field" / "3.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="left out"):
-        _, task = opened(settings(scene))
-    assert len(task.labels) == len(task.dataset) == len(task.frozen) == 47
-    store = FeatureStore(scene / "run" / "features")
-    assert [task.dataset.name(i) for i in range(47)] == store.names
-
-
-def test_models_that_are_not_there(scene, capsys):
-    with pytest.raises(ValueError, match="neither knows 'resnet-9000'"):
-        backbone("resnet-9000", None)
-    with pytest.raises(ValueError, match="pretrained must name the file of satmae"):
-        backbone("satmae", None)
-    with pytest.raises(FileNotFoundError, match="no weights file w.pt"):
-        backbone("vit_tiny_patch16_224", "w.pt")
-    command = ["deblora", "run", "--images", str(scene / "images"), "--model", "resnet-9000", "--out", str(scene / "o")]
-    assert cli.main(command) == 2
-    assert "rsfast: model must be of open_clip or timm" in capsys.readouterr().err
+def test_bad_labelled_images(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LabelledImages(**({"images": [picture(0)], "labels": [0], "classes": ["x"]} | changes))
