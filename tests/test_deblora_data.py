@@ -130,6 +130,15 @@ def test_dota(dota, tmp_path):
         np.testing.assert_array_equal(np.asarray(data.part("val").load(0)), np.asarray(picture(2))[:3, :3])
 
 
+def test_dota_as_it_is_unpacked(dota):
+    plain = rows(load_labelled(dota))
+    for split in ("train", "val"):
+        (dota / split / "labelTxt-v1.0").mkdir()
+        (dota / split / "labelTxt").rename(dota / split / "labelTxt-v1.0" / "labelTxt")
+    assert rows(load_labelled(dota)) == plain
+    assert rows(load_labelled(dota, label_folder="labelTxt-v1.0/labelTxt/")) == plain
+
+
 def test_dota_without_what_is_difficult_or_of_other_classes(dota):
     data = load_labelled(dota, difficult=False, classes=DOTA15)
     assert [data.name(k).split("/")[-1] for k in range(2)] == ["P1.png#0", "P1.png#0"] and data.classes == DOTA15
