@@ -20,7 +20,7 @@ from rsfast.deblora.learning import encode, learn_classes, learn_towards
 from rsfast.deblora.linear import linear_probe
 from rsfast.deblora.loading import load_labelled
 from rsfast.deblora.logistic import logistic_probe
-from rsfast.deblora.losses import balanced_weights, class_loss, log_prior
+from rsfast.deblora.losses import class_loss
 from rsfast.deblora.maps import ClassMaps, FullMap, LowRankMap
 from rsfast.deblora.methods import METHODS
 from rsfast.deblora.metrics import class_distances, class_f1, grouped_f1
@@ -53,7 +53,6 @@ __all__ = [
     "as_rows",
     "augment",
     "auto_alpha",
-    "balanced_weights",
     "calibrate",
     "calibrated_batches",
     "class_cluster_counts",
@@ -76,7 +75,6 @@ __all__ = [
     "linear_probe",
     "load_features",
     "load_labelled",
-    "log_prior",
     "logistic_probe",
     "make_long_tailed",
     "run",

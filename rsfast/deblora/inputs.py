@@ -3,26 +3,24 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rsfast.deblora.arrays import as_rows
 from rsfast.harma.loading import loader, mixed_seed, seeded
-
-BLOCK = 64 << 20  # bytes of features that are looked at together
 
 
 class FeatureInputs:
     """Stored features as inputs.
 
     Args:
-        features: ``(N, D)``: a numpy array (memory-mapped too), a tensor, or anything with such ``features``.
+        features: ``(N, D)`` of any kind that :func:`rsfast.deblora.as_rows` takes.
+        name: What errors call it.
 
     Raises:
-        TypeError: ``features`` is none of these.
-        ValueError: It is not floating point of two axes with a row and a column at least. In :meth:`check`: a value is
-            NaN or infinite.
+        TypeError: ``features`` is no array, tensor or store.
+        ValueError: It is not ``(N, D)`` of a floating point dtype. In :meth:`check`: a value is NaN or infinite.
 
     Example:
         >>> import torch
@@ -32,46 +30,30 @@ class FeatureInputs:
         (3, [[4.0, 5.0], [0.0, 1.0]])
     """
 
-    def __init__(self, features):
-        self.array = rows_of(features, "features")
-        self.dim = self.array.shape[1]
+    def __init__(self, features, name: str = "features"):
+        self.rows = as_rows(features, name)
+        self.dim = self.rows.dim
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.rows)
 
     def batch(self, indices: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
         """Rows as fp32 ``(B, D)`` on ``device``; fp64 stays fp64."""
-        indices = torch.as_tensor(indices)
-        if isinstance(self.array, Tensor):
-            rows = self.array[indices.to(self.array.device)]
-        else:
-            rows = torch.from_numpy(self.array[indices.cpu().numpy()])
-        return rows.to(device, torch.promote_types(rows.dtype, torch.float32))
+        rows = self.rows.take(torch.as_tensor(indices), device)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def batches(self, batches: Iterable[Tensor], device, *, seed: int = 0) -> Iterator[Tensor]:
         """A tensor for each batch of indices; ``seed`` decides nothing here."""
         for indices in batches:
             yield self.batch(indices, device)
 
-    def check(self, name: str = "features") -> None:
+    def check(self) -> None:
         """Refuse NaN and infinity, by the index of the row."""
-        for start, rows in self._blocks():
-            bad = ~rows.isfinite().all(1)
-            if bad.any():
-                raise ValueError(f"{name} must be finite, row {start + int(bad.nonzero()[0])} is not")
+        self.rows.check()
 
     def digest(self) -> str:
         """What tells these features from others."""
-        found = hashlib.blake2b(f"{self.array.dtype} {tuple(self.array.shape)}".encode())
-        for _, rows in self._blocks():
-            found.update(rows.cpu().contiguous().view(torch.uint8).numpy())
-        return found.hexdigest()
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        step = max(1, BLOCK // (self.dim * self.array.itemsize))
-        for start in range(0, len(self), step):
-            rows = self.array[start : start + step]
-            yield start, rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+        return f"{self.rows.check(checksum=True)} {self.rows.dtype} {len(self)} {self.dim}"
 
 
 class ImageInputs:
@@ -123,7 +105,7 @@ class ImageInputs:
         for batch in loader(images, workers=self.workers, pin_memory=pin, batch_sampler=ahead):
             yield batch.to(device, non_blocking=True)
 
-    def check(self, name: str = "images") -> None:
+    def check(self) -> None:
         """Nothing: images are looked at when they are decoded."""
 
     def digest(self) -> str:
@@ -146,34 +128,4 @@ class _Images(Dataset):
 
 def as_inputs(inputs):
     """Inputs as they are, features as :class:`FeatureInputs`."""
-    return inputs if hasattr(inputs, "batches") and hasattr(inputs, "check") else FeatureInputs(inputs)
-
-
-def rows_of(features, name: str) -> np.ndarray | Tensor:
-    """The ``(N, D)`` array or tensor that ``features`` is or holds."""
-    array = features if isinstance(features, np.ndarray | Tensor) else getattr(features, "features", None)
-    if not isinstance(array, np.ndarray | Tensor):
-        raise TypeError(f"{name} must be an array, a tensor or a store of features, got {type(features).__name__}")
-    floating = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
-    if array.ndim != 2 or not floating or 0 in array.shape:
-        raise ValueError(
-            f"{name} must be floating point numbers (N, D), a row and a column at least; got {array.dtype} of shape "
-            f"{tuple(array.shape)}"
-        )
-    return array
-
-
-def label_tensor(labels, rows: int, n_classes: int | None, name: str = "labels") -> Tensor:
-    """Labels as int64 on the CPU; each must be a class, from 0 to C - 1."""
-    labels = labels.detach().cpu() if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(f"{name} must be integers (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
-    if len(labels) != rows:
-        raise ValueError(f"{name} must be {rows}, one a row of the features, got {len(labels)}")
-    labels = labels.long()
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (n_classes is not None and high >= n_classes):
-        row = int(((labels < 0) | (labels >= (high + 1 if n_classes is None else n_classes))).nonzero()[0])
-        within = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
-        raise ValueError(f"{name} must be classes, {within}; row {row} has {int(labels[row])}")
-    return labels
+    return inputs if hasattr(inputs, "batches") and hasattr(inputs, "digest") else FeatureInputs(inputs, "inputs")

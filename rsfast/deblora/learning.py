@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rsfast.deblora.inputs import FeatureInputs, as_inputs, label_tensor
+from rsfast.deblora.arrays import as_integers
+from rsfast.deblora.inputs import FeatureInputs, as_inputs
 from rsfast.deblora.losses import Loss, check_loss, class_loss
 from rsfast.deblora.steps import Run, evaluating, settings, train
 
@@ -65,11 +66,11 @@ def learn_towards(
         (3, True)
     """
     run = Run(epochs, batch_size, lr, weight_decay, seed, device, precision, progress, checkpoint)
-    inputs, goal = as_inputs(inputs), FeatureInputs(targets)
+    inputs, goal = as_inputs(inputs), FeatureInputs(targets, "targets")
     if len(goal) != len(inputs):
         raise ValueError(f"targets must be {len(inputs)} rows, one for each input, got {len(goal)}")
-    inputs.check("inputs")
-    goal.check("targets")
+    inputs.check()
+    goal.check()
     share = None if weights is None else _shares(weights, len(inputs))
     modules = nn.ModuleList([encoder])
     device = run.device_of(modules)
@@ -118,7 +119,7 @@ def learn_classes(
         >>> z = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
         >>> losses = learn_classes(LowRankMap(8, r=2), torch.nn.Linear(8, 2), z, z[:, 0] > 0, epochs=2, batch_size=8)
         Traceback (most recent call last):
-        ValueError: labels must be integers (N,), got torch.bool of shape (32,)
+        ValueError: labels must be integers, got torch.bool
         >>> labels = (z[:, 0] > 0).long()
         >>> losses = learn_classes(LowRankMap(8, r=2), torch.nn.Linear(8, 2), z, labels, epochs=2, batch_size=8)
         >>> losses[1] < losses[0]
@@ -129,7 +130,7 @@ def learn_classes(
     if head is None and not callable(getattr(encoder, "logits", None)):
         raise ValueError(f"head must be given, because a {type(encoder).__name__} has no logits of its own")
     inputs = as_inputs(inputs)
-    inputs.check("inputs")
+    inputs.check()
     modules = nn.ModuleList([encoder] if head is None else [encoder, head])
     device = run.device_of(modules)
 
@@ -139,7 +140,7 @@ def learn_classes(
 
     with evaluating(modules), torch.no_grad():
         classes = logits_of(inputs.batch([0], run.current_device(modules))).shape[1]
-    labels = label_tensor(labels, len(inputs), classes)
+    labels = as_integers(labels, "labels", len(inputs), most=classes - 1).cpu()
     counts = torch.bincount(labels, minlength=classes) if counts is None else counts
     measure = class_loss(loss, counts, tau=tau).to(device)
     where = labels.to(device)

@@ -71,7 +71,7 @@ def linear_probe(
             raise ValueError(f"the weights of the probe are not finite in epoch {epoch + 1}; a lower lr may help")
         probe = LinearProbe(head.weight.detach(), head.bias.detach(), {"epoch": epoch + 1})
         if val is not None:
-            probe.chosen["val_f1"] = macro_f1(val[1], torch.as_tensor(probe.predict(val[0].array)).cpu(), n_classes)
+            probe.chosen["val_f1"] = macro_f1(val[1], probe.guess(val[0]), n_classes)
         if best is None or val is None or probe.chosen["val_f1"] > best.chosen["val_f1"]:
             best = LinearProbe(probe.weight.clone(), probe.bias.clone(), probe.chosen)
     return best

@@ -67,8 +67,7 @@ def logistic_probe(
         theta, chosen = _fit(theta, x, labels, C, loss, max_iter, tol)
         probe = _probe(theta, labels, loss, tau, x, {"C": C} | chosen)
         if val is not None:
-            found = torch.as_tensor(probe.predict(val[0].array)).cpu()
-            probe.chosen["val_f1"] = macro_f1(val[1], found, n_classes)
+            probe.chosen["val_f1"] = macro_f1(val[1], probe.guess(val[0]), n_classes)
         if best is None or probe.chosen["val_f1"] > best[1].chosen["val_f1"]:
             best = theta, probe
     if val is None:

@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsfast.deblora.inputs import FeatureInputs, label_tensor
+from rsfast.deblora.arrays import as_integers
+from rsfast.deblora.inputs import FeatureInputs
 from rsfast.deblora.losses import check_loss
+from rsfast.deblora.metrics import class_f1
 from rsfast.harma.loading import mixed_seed
 
 BATCH = 8192  # rows that are scored together
@@ -32,12 +34,19 @@ class Probe:
         """Class of each row, int64 ``(N,)``; a tensor if ``features`` is one, else an array."""
         return self._over(features, lambda x: self._judge(x)[1])
 
-    def _over(self, features, judge):
+    def guess(self, inputs: FeatureInputs) -> Tensor:
+        """Class of each row, on the CPU."""
+        return self._run(inputs, lambda x: self._judge(x)[1]).cpu()
+
+    def _over(self, features, judge) -> np.ndarray | Tensor:
         inputs = FeatureInputs(features)
         if inputs.dim != self.dim:
             raise ValueError(f"features must be {self.dim} wide, as those the probe was fitted on, got {inputs.dim}")
-        found = torch.cat([judge(x) for x in inputs.batches(torch.arange(len(inputs)).split(BATCH), self._device())])
-        return found.to(inputs.array.device) if isinstance(inputs.array, Tensor) else found.cpu().numpy()
+        return inputs.rows.back(self._run(inputs, judge))
+
+    def _run(self, inputs: FeatureInputs, judge) -> Tensor:
+        batches = torch.arange(len(inputs)).split(BATCH)
+        return torch.cat([judge(x) for x in inputs.batches(batches, self._device())])
 
 
 class LinearProbe(Probe):
@@ -59,26 +68,25 @@ def given(features, labels, n_classes: int | None, val: tuple | None, loss: str,
     """What a probe is fitted on, checked: inputs, labels, val as inputs and labels or None, C, device."""
     check_loss(loss)
     inputs = FeatureInputs(features)
-    labels = label_tensor(labels, len(inputs), n_classes)
+    most = None if n_classes is None else n_classes - 1
+    labels = as_integers(labels, "labels", len(inputs), most=most).cpu()
     if val is not None:
-        val_inputs = FeatureInputs(val[0])
+        val_inputs = FeatureInputs(val[0], "val's features")
         if val_inputs.dim != inputs.dim:
             raise ValueError(f"val must have features of width {inputs.dim} as in training, got {val_inputs.dim}")
-        val = val_inputs, label_tensor(val[1], len(val_inputs), n_classes, "val's labels")
-        val_inputs.check("val's features")
+        val = val_inputs, as_integers(val[1], "val's labels", len(val_inputs), most=most).cpu()
+        val_inputs.check()
     inputs.check()
     if n_classes is None:
         n_classes = 1 + int(max(labels.max(), -1 if val is None else val[1].max()))
     if device is None:
-        device = inputs.array.device if isinstance(inputs.array, Tensor) else "cpu"
+        device = inputs.rows.device
     return inputs, labels, val, n_classes, torch.device(device)
 
 
 def macro_f1(y_true: Tensor, y_pred: Tensor, n_classes: int) -> float:
     """Mean F1 in percent over the classes that ``y_true`` has."""
-    cells = torch.bincount(y_true * n_classes + y_pred, minlength=n_classes**2).view(n_classes, n_classes).double()
-    true, predicted = cells.sum(1), cells.sum(0)
-    return (200 * cells.diagonal() / (true + predicted).clamp(min=1))[true > 0].mean().item()
+    return class_f1(y_true, y_pred, n_classes)[y_true.unique()].mean().item()
 
 
 def hold_out(labels, share: float = 0.2, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +114,7 @@ def hold_out(labels, share: float = 0.2, *, seed: int = 0) -> tuple[np.ndarray, 
     """
     if not isinstance(share, int | float) or not 0 < share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {share!r}")
-    labels = label_tensor(labels, len(labels), None).numpy()
+    labels = as_integers(labels, "labels", len(labels)).numpy(force=True)
     held = []
     for c in np.unique(labels):
         rows = np.flatnonzero(labels == c)
