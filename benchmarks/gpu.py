@@ -33,6 +33,7 @@ PARTS = (
     "tune",
     "lora",
     "kmeans",
+    "deblora",
     "step",
 )  # benchmarks: the time that is left
 AT_MOST = {"tests": 240.0, "memcheck": 60.0, "racecheck": 45.0}  # seconds, so that no part eats the others
@@ -41,6 +42,7 @@ KEPT_FOR = {
     "tune": 120.0,
     "lora": 150.0,
     "kmeans": 150.0,
+    "deblora": 30.0,
     "step": 90.0,
 }  # seconds that the parts before leave, if so
 KERNELS = (

@@ -139,6 +139,11 @@ def _check_whole(path: pathlib.Path) -> None:
         raise OSError(f"{path} is cut off: {size} bytes, and its header speaks of {start + each * count}")
 
 
+def of_host() -> ctypes.CDLL | None:
+    """The library that came with the installation, for functions that need no GPU; nothing is built for them."""
+    return _prebuilt()[0]
+
+
 @functools.cache
 def _prebuilt() -> tuple[ctypes.CDLL | None, str]:
     """The library that came with the installation, or why it does not serve."""

@@ -6,6 +6,7 @@ from PIL import Image
 from torch import nn
 
 from rsfast.deblora import extract_features
+from rsfast.deblora import store_files as files
 from rsfast.harma import BrokenImageError
 
 
@@ -51,3 +52,8 @@ class Mean(nn.Module):
 def extract(folder, dataset=None, model=None, **options):
     options = {"transform": pixels, "batch_size": 4, **options}
     return extract_features(model or Mean(), Scenes() if dataset is None else dataset, folder, **options)
+
+
+def contents(folder):
+    """What a store is, byte by byte."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != files.LOCK}

@@ -1,5 +1,8 @@
 """The sources in ``csrc`` on a machine without a GPU: what nvcc makes of them, and that the result loads."""
 
+import concurrent.futures
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +20,7 @@ UNITS = _sources.units(emulated=False)
 needs_nvcc = pytest.mark.skipif(_sources.nvcc() is None, reason="there is no nvcc")
 
 
-def compiled(unit, architecture):
+def compile_ahead(unit, architecture):
     """The object (a cubin if not ``LINKED``) and what ptxas says, kept for these very sources, flags and compiler."""
     nvcc, define = _sources.nvcc(), _sources.define(emulated=False)
     gencode = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
@@ -31,6 +34,15 @@ def compiled(unit, architecture):
             assert done.returncode == 0, done.stderr[-4000:]
             said.write_text(done.stderr)
         return built, said.read_text()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """``compile_ahead``, all at once from the first use on, on every core."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = {pair: pool.submit(compile_ahead, *pair) for pair in itertools.product(UNITS, ARCHITECTURES)}
+        yield lambda *pair: objects[pair].result()
+        pool.shutdown(cancel_futures=True)
 
 
 def resources(said):
@@ -47,7 +59,7 @@ def resources(said):
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_kernels_keep_to_registers(unit, architecture):
+def test_kernels_keep_to_registers(compiled, unit, architecture):
     _, said = compiled(unit, architecture)
     kernels = resources(said)
     assert kernels or "__global__" not in unit.read_text()
@@ -70,7 +82,7 @@ ptxas info    : Used 40 registers, 376 bytes cmem[0]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(compiled, tmp_path_factory):
     path = tmp_path_factory.mktemp("library") / "_cuda.abi3.so"
     nvcc = _sources.nvcc()
     objects = [str(compiled(unit, LINKED)[0]) for unit in UNITS]

@@ -104,7 +104,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("rho", [None, 1.5])
+@pytest.mark.parametrize("rho", [None, 1.0])
 def test_killed_and_started_again_gives_the_same_bits(tmp_path, monkeypatch, rho):
     x = on_disk(tmp_path, blobs(600))
     options = dict(rho=rho, batch_size=40, memory_limit=0, max_iter=3, seed=2, standardize=True, checkpoint_every=4)
@@ -127,6 +127,30 @@ def test_killed_and_started_again_gives_the_same_bits(tmp_path, monkeypatch, rho
     ended = len(steps)
     assert same(deblora.cluster_features(x, K, checkpoint=checkpoint, **options), wanted) and len(steps) == ended
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "x.npy"]
+
+
+def test_a_run_that_is_about_to_end_ends_there_when_started_again(tmp_path, monkeypatch):
+    x = on_disk(tmp_path, blobs(600))
+    options = dict(rho=None, batch_size=100, memory_limit=0, checkpoint_every=1)
+    advance, steps = streaming.Stream._advance, []
+
+    def counted(self, batch):
+        steps.append(self.step)
+        if kill and self.idle == 7:
+            raise Killed
+        advance(self, batch)
+
+    monkeypatch.setattr(streaming.Stream, "_advance", counted)
+    kill = False
+    wanted = deblora.cluster_features(x, K, **options)
+    last, kill = max(steps), True
+    assert 10 < last < 100 * 6 - 1  # by patience, not by max_iter
+    with pytest.raises(Killed):
+        deblora.cluster_features(x, K, checkpoint=tmp_path / "state", **options)
+    steps.clear()
+    kill = False
+    assert same(deblora.cluster_features(x, K, checkpoint=tmp_path / "state", **options), wanted)
+    assert steps == list(range(last - 2, last + 1))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):

@@ -218,11 +218,26 @@ def test_calibration_a_part_at_a_time(tmp_path):
     assert np.array_equal(deblora.calibrate(mapped, TAILED, mu), deblora.calibrate(wanted, TAILED, mu))
     tensor = torch.empty(131, 3)
     assert deblora.calibrate(z, TAILED, mu, out=tensor) is tensor and np.array_equal(tensor.numpy(), wanted)
-    appended = []
-    store = types.SimpleNamespace(dim=3, append=lambda features, labels: appended.append((features, labels)))
-    assert deblora.calibrate(z, TAILED, mu, out=store) is store
-    assert np.array_equal(appended[0][0], wanted) and np.array_equal(appended[0][1], TAILED.numpy())
     assert np.array_equal(z, before)
+
+
+def test_calibration_from_store_to_store(tmp_path, monkeypatch):
+    z = torch.randn(131, 3, generator=torch.Generator().manual_seed(1)).numpy()
+    mu, names = np.arange(18.0).reshape(6, 3), [f"{i}.png" for i in range(131)]
+    with deblora.FeatureStore.create(tmp_path / "from", 3) as store:
+        store.append(z, labels=TAILED, names=names, splits=["train"] * 100 + ["test"] * 31)
+    monkeypatch.setattr("rsfast.deblora.arrays.BATCH_BYTES", 50 * 12)
+    with deblora.FeatureStore.create(tmp_path / "to", 3) as out:
+        assert deblora.calibrate(store, store.labels, mu, out=out) is out
+    assert np.array_equal(out.features, deblora.calibrate(z, TAILED, mu)) and out.names == names
+    assert out.labels.tolist() == TAILED.tolist() and out.splits == store.splits
+    for other, says in ((store, "another store than features"), (deblora.FeatureStore.create(tmp_path / "x", 2), "3")):
+        with pytest.raises(ValueError, match=f"out must be .*{says}"):
+            deblora.calibrate(store, store.labels, mu, out=other)
+    with pytest.raises(TypeError, match="out must be an array, a tensor or a FeatureStore, got list"):
+        deblora.calibrate(z, TAILED, mu, out=[])
+    found = deblora.cluster_features(store, 4, memory_limit=0, max_iter=1, batch_size=32)
+    assert found.method == "minibatch" and len(store) == 131
 
 
 @pytest.mark.parametrize(

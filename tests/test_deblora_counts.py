@@ -19,11 +19,6 @@ def test_counts_by_hand():
     assert found.classes == ("a", "b", "c", "d") and found.counts.tolist() == [5, 0, 1, 20]
     assert found.imbalance == 20.0  # class b has no samples and does not count
     assert found.ratios.tolist() == [4.0, math.inf, 20.0, 1.0]
-    # 1/5, 1, 1/20 have the sum 5/4 and the mean 5/12
-    np.testing.assert_array_equal(found.weights(), np.array([0.48, 0, 2.4, 0.12], np.float32))
-    np.testing.assert_array_equal(
-        found.log_prior(), np.log(np.array([5 / 26, 0.5 / 26, 1 / 26, 20 / 26])).astype(np.float32)
-    )
     assert found.groups == {"head": (3,), "middle": (0, 2), "tail": (1,)}
 
 
@@ -31,10 +26,10 @@ def test_kind_of_the_labels_is_the_kind_of_the_answer():
     labels = labels_of(3, 1)
     for given, kind in ((labels, np.ndarray), (labels.tolist(), np.ndarray), (torch.from_numpy(labels), torch.Tensor)):
         found = ClassCounts.from_labels(given)
-        values = (found.counts, found.ratios, found.weights(), found.log_prior())
+        values = (found.counts, found.ratios)
         assert all(isinstance(value, kind) for value in values) and found.classes == ("0", "1")
-        assert [str(v.dtype).removeprefix("torch.") for v in values] == ["int64", "float64", "float32", "float32"]
-        assert found.ratios.tolist() == [1.0, 3.0] and found.weights().tolist() == [0.5, 1.5]
+        assert [str(v.dtype).removeprefix("torch.") for v in values] == ["int64", "float64"]
+        assert found.ratios.tolist() == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rsfast.deblora import FeatureStore, exchange, export_parquet, import_pt
-from rsfast.deblora import store_files as files
+from tests.scenes import contents
 
 CROPS = ["train/plane/b_1", "train/plane/b_2", "train/ship/a", "val/ship/c.d", "val/ship/e"]
 
@@ -25,10 +25,6 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(tensor(index), path)
     return tmp_path / "pt"
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != files.LOCK}
 
 
 def test_rows_names_classes_and_splits(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Features of a data set's images: of any backbone, resumable to the byte, broken images named."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,15 +12,11 @@ from PIL import Image
 from torch import nn
 
 from rsfast.deblora import FeatureStore, image_encoder, sample_seed
-from rsfast.deblora import store_files as files
+from rsfast.deblora.backbones import described
 from rsfast.harma import CaptionedImages
 from rsfast.models import add_lora, lora_layers
-from tests.scenes import Mean, Scenes, extract, pixels
+from tests.scenes import Mean, Scenes, contents, extract, pixels
 from tests.tiny_clip import tiny_clip, tiny_custom_text_clip
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != files.LOCK}
 
 
 @torch.no_grad()
@@ -52,6 +49,11 @@ def test_open_clips_own_preprocessing_is_the_default():
     model.visual.preprocess_cfg = dict(size=(16, 16), mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5))
     _, transform = image_encoder(model)
     assert torch.equal(transform(Image.new("RGB", (20, 20), (255, 255, 255))), torch.full((3, 16, 16), 2.0))
+
+
+def test_what_is_compared_after_a_restart_does_not_change_with_the_process():
+    assert described(pixels) == "tests.scenes.pixels"
+    assert described(functools.partial(pixels, 3)) == "functools.partial(<function pixels>, 3)"
 
 
 @pytest.mark.parametrize("options", [
@@ -94,7 +96,7 @@ import os, signal, sys
 from tests.scenes import Scenes, extract
 class Deadly(Scenes):
     def load(self, index):
-        return os.kill(os.getpid(), signal.SIGKILL) if index == 6 else super().load(index)
+        return os.kill(os.getpid(), signal.SIGKILL) if index == 9 else super().load(index)
 extract(sys.argv[1], Deadly(broken=(1, 5)))
 """
 
@@ -102,7 +104,7 @@ extract(sys.argv[1], Deadly(broken=(1, 5)))
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
     assert subprocess.run([sys.executable, "-c", KILLED, str(twice)]).returncode == -9
-    assert len(FeatureStore(twice)) == 3
+    assert len(FeatureStore(twice)) in (3, 6)  # the second batch may have been on its way
     with pytest.warns(UserWarning, match="2 of 10 images are left out, e.g. 1.png: no image"):
         assert extract(once, Scenes(broken=(1, 5))).left_out == [(1, "1.png", "no image"), (5, "5.png", "no image")]
     with pytest.warns(UserWarning, match="left out"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsfast.deblora import ClassCounts, class_distances, grouped_f1
+from rsfast.deblora import ClassCounts, class_distances, class_f1, grouped_f1
 
 GROUPS = {"head": [0, 3], "middle": [1], "tail": [2, 4]}
 
@@ -29,6 +29,8 @@ def test_both_styles_are_those_of_scikit_learn(seed):
         assert strict[group] == pytest.approx(expected, rel=1e-12)
         expected = 100 * f1_score(true[rows], predicted[rows], average="macro", zero_division=0)
         assert deblora[group] == pytest.approx(expected, rel=1e-12) and deblora[group] != strict[group]
+    single = 100 * f1_score(true, predicted, labels=range(7), average=None, zero_division=np.nan)
+    np.testing.assert_allclose(class_f1(true, predicted, 7), single, rtol=1e-12)
     assert strict["mean"] == deblora["mean"]
     assert strict["mean"] == pytest.approx(100 * f1_score(true, predicted, average="macro"), rel=1e-12)
 
@@ -125,6 +127,11 @@ def test_distances_are_those_of_the_formula_in_any_portions(dtype):
 def test_distances_at_the_borders():
     one = class_distances(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), [2, 2], groups={"tail": [2]})
     assert math.isnan(one["inter"]) and one["intra"] == pytest.approx(0, abs=1e-6) and one["intra"] >= 0
+    for width in range(1, 30):  # a row is at no distance from itself, also where its cosine is rounded up
+        row = torch.linspace(0.1, 1, width)[None]
+        assert (
+            class_distances(row, [0])["intra"] == pytest.approx(0, abs=1e-6) and class_distances(row, [0])["intra"] >= 0
+        )
     zeros = class_distances(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), [0, 1])
     assert zeros == {"inter": 1.0, "intra": 0.5}
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 row\(s\): 1"):

@@ -60,7 +60,12 @@ def test_rows_of_a_seed():
     parts = [set(part.tolist()) for part in (split.fit, split.val, split.test)]
     assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
     labels = blobs().labels
-    assert sorted(np.bincount(labels[split.val], minlength=4).tolist()) == [1, 1, 4, 10]  # a quarter, rounded, of two one
+    assert sorted(np.bincount(labels[split.val], minlength=4).tolist()) == [
+        1,
+        1,
+        4,
+        10,
+    ]  # a quarter, rounded, of two one
     assert len(split.test) == 80 and not (split.test % 3).any()
     other = split_rows(task(settings), settings, 1)
     assert set(other.fit.tolist()) != parts[0]

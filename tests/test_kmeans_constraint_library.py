@@ -120,3 +120,21 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(library, "INTERPRET", False)
     with pytest.raises(NotImplementedError, match="the costs are on cpu, not on a GPU"):
         constrained_assign(torch.zeros(2, 2), 0, impl="fused")
+
+
+def test_without_a_gpu_an_installed_library_finds_the_paths(monkeypatch):
+    """Nothing is built for it, and ``reference`` stays NumPy."""
+    monkeypatch.setattr(library, "INTERPRET", False)
+    installed, calls = _extension.library(), []
+    monkeypatch.setattr(_extension, "_prebuilt", lambda: (installed, ""))
+    monkeypatch.setattr(_extension, "library", lambda: pytest.fail("asked for a library of a GPU"))
+    bind = _extension.bind
+    monkeypatch.setattr(_extension, "bind", lambda found, name, *types: calls.append(name) or bind(found, name, *types))
+    costs = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    plain = constrained_assign(costs, 14, impl="reference")
+    assert not calls
+    found = constrained_assign(costs, 14)
+    assert set(calls) == {"rsf_shortest_paths"} and all(a.equal(b) for a, b in zip(found, plain, strict=True))
+    monkeypatch.setattr(_extension, "_prebuilt", lambda: (None, "none was built at installation"))
+    calls.clear()
+    assert constrained_assign(costs, 14).labels.equal(plain.labels) and not calls

@@ -269,21 +269,28 @@ def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options, 
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
     outcomes, calls = started(0, options)
     assert list(outcomes) == list(gpu.PARTS) and set(outcomes.values()) == {"passed"}
-    tests, memcheck, _, ops, losses, tune, lora, steps, step = (argv for argv, _ in calls)
+    tests, memcheck, _, ops, losses, tune, lora, steps, deblora, step = (argv for argv, _ in calls)
     assert {"tests/test_contract.py", "tests/test_similarity_small.py"} <= set(
         tests
     ) and "tests/test_cli.py" not in tests
     assert memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
     assert {"tests/test_lora.py", "tests/test_tune.py"} & set(tests)
     assert tune[3:5] == ["tune", "--budget"] and tune[-2:] == ["--commit", "abc"] and "rsfast.cli" in tune[2]
-    for name, argv in (("ops", ops), ("losses", losses), ("lora", lora), ("kmeans", steps), ("step", step)):
+    for name, argv in (
+        ("ops", ops),
+        ("losses", losses),
+        ("lora", lora),
+        ("kmeans", steps),
+        ("deblora", deblora),
+        ("step", step),
+    ):
         assert f"benchmarks/bench_{name}.py" in argv
         assert argv[argv.index("--commit") + 1] == "abc" and argv[argv.index("-k") + 1] == "gated"
     given = [seconds for _, seconds in calls[3:]]
-    assert given == pytest.approx([90, 108, 150, 300, 450, 540], abs=1), (
-        "for k-means 150 s and for the steps 90 s are left"
+    assert given == pytest.approx([77, 90, 120, 270, 420, 450, 540], abs=1), (
+        "for k-means 150 s, for debLoRA 30 s and for the steps 90 s are left"
     )
-    assert float(tune[5]) == pytest.approx(130, abs=1), "tune ends by itself"
+    assert float(tune[5]) == pytest.approx(100, abs=1), "tune ends by itself"
 
 
 def test_what_little_time_there_is_is_shared(options):

@@ -20,7 +20,7 @@ struct Fp16 {
 
 #ifndef RSF_EMULATION
 
-#define RSF_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define RSF_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 __device__ __forceinline__ float to_float(Bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
 __device__ __forceinline__ float to_float(Fp16 v) { return __half2float(__ushort_as_half(v.bits)); }
@@ -96,87 +96,6 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 }
 __device__ __forceinline__ void relax() { __nanosleep(20); }
 __device__ __forceinline__ uint32_t load_pair(const uint16_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
-
-// ---- a warpgroup's own barriers and products (sm_90) ------------------------------------------------------------
-
-__device__ __forceinline__ void group_barrier(int id, int threads) {  // id 0 is __syncthreads()
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-// The barrier at the same place in another block of the cluster; what this thread has seen written comes before.
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, unsigned rank) {
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, unsigned parity) {
-  uint32_t done = 0;
-  while (!done)
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-}
-#endif
-
-// What threads have written to shared memory, for products that read it by descriptor.
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-#define RSF_WGMMA_32(TYPE, TRANSPOSED)                                                                            \
-  asm volatile(                                                                                                  \
-      "{ .reg .pred p; setp.ne.b32 p, %18, 0;"                                                                   \
-      " wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                               \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, " TRANSPOSED ", 0; }"        \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),          \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])     \
-      : "l"(a), "l"(b), "r"(int(add)))
-#define RSF_OUT_8(i)                                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define RSF_WGMMA_64(TYPE, TRANSPOSED)                                                                            \
-  asm volatile(                                                                                                  \
-      "{ .reg .pred p; setp.ne.b32 p, %34, 0;"                                                                   \
-      " wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                               \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"   \
-      "%28,%29,%30,%31}, %32, %33, p, 1, 1, " TRANSPOSED ", 0; }"                                                \
-      : RSF_OUT_8(0), RSF_OUT_8(8), RSF_OUT_8(16), RSF_OUT_8(24)                                                 \
-      : "l"(a), "l"(b), "r"(int(add)))
-#define RSF_WGMMA_128(TYPE, TRANSPOSED)                                                                           \
-  asm volatile(                                                                                                  \
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0;"                                                                   \
-      " wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                              \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"   \
-      "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"   \
-      "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, " TRANSPOSED ", 0; }"                        \
-      : RSF_OUT_8(0), RSF_OUT_8(8), RSF_OUT_8(16), RSF_OUT_8(24), RSF_OUT_8(32), RSF_OUT_8(40), RSF_OUT_8(48),   \
-        RSF_OUT_8(56)                                                                                            \
-      : "l"(a), "l"(b), "r"(int(add)))
-// d = a b (+ d) for a 64 x 16 and b 16 x n, both in shared memory; done when waited for.
-template <bool kTransposed, class Part, int kHalf>
-__device__ __forceinline__ void multiply_group(Part, float (&d)[kHalf], uint64_t a, uint64_t b, bool add) {
-  constexpr bool kHalfs = sizeof(Part) == 2 && Part::kIsHalf;
-  if constexpr (kHalf == 16 && kHalfs && kTransposed) RSF_WGMMA_32("f16", "1");
-  if constexpr (kHalf == 16 && !kHalfs && kTransposed) RSF_WGMMA_32("bf16", "1");
-  if constexpr (kHalf == 32 && kHalfs && kTransposed) RSF_WGMMA_64("f16", "1");
-  if constexpr (kHalf == 32 && !kHalfs && kTransposed) RSF_WGMMA_64("bf16", "1");
-  if constexpr (kHalf == 32 && kHalfs && !kTransposed) RSF_WGMMA_64("f16", "0");
-  if constexpr (kHalf == 32 && !kHalfs && !kTransposed) RSF_WGMMA_64("bf16", "0");
-  if constexpr (kHalf == 64 && kHalfs && !kTransposed) RSF_WGMMA_128("f16", "0");
-  if constexpr (kHalf == 64 && !kHalfs && !kTransposed) RSF_WGMMA_128("bf16", "0");
-}
-#endif
 
 #else
 
@@ -276,77 +195,7 @@ inline uint32_t load_acquire(const uint32_t* p) { return *reinterpret_cast<const
 inline void relax() { emulation::yield(); }
 inline uint32_t load_pair(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }
 
-inline uint32_t shared_address(const void* p) {
-  return uint32_t(static_cast<const unsigned char*>(p) - emulation::me().block->shared);
-}
-inline void group_barrier(int id, int threads) {
-  auto& meeting = emulation::me().block->groups[id];
-  meeting.expected = threads;
-  emulation::meet(meeting);
-}
-struct Barrier {  // in the 64 bits of a real one
-  uint16_t arrivals, arrived;
-  uint32_t turn;
-};
-inline void barrier_init(uint64_t* barrier, unsigned arrivals) {
-  *reinterpret_cast<Barrier*>(barrier) = {uint16_t(arrivals), 0, 0};
-}
-inline void barrier_arrive(uint64_t* barrier, unsigned rank) {
-  auto& there = *reinterpret_cast<Barrier*>(in_block(barrier, rank));
-  ++emulation::state().progress;
-  if (++there.arrived < there.arrivals) return;
-  there.arrived = 0;
-  ++there.turn;
-}
-inline void barrier_wait(uint64_t* barrier, unsigned parity) {
-  while ((reinterpret_cast<volatile Barrier*>(barrier)->turn & 1) == parity) emulation::yield();
-}
-inline void publish_shared() {}
-inline void products_begin() {}
-inline void products_commit() {}
-inline void products_wait() { emulation::settle(); }
-
-// 16-bit element (row, k) of an operand in 128-byte swizzled rows, as its descriptor says.
-inline uint16_t described(uint64_t descriptor, bool transposed, unsigned row, unsigned k) {
-  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1) std::abort();
-  uint32_t at = transposed ? start + k / 8 * stride + k % 8 * 128 + row * 2 : start + row / 8 * stride + row % 8 * 128 + k * 2;
-  at ^= (at >> 7 & 7) << 4;
-  return *reinterpret_cast<uint16_t*>(emulation::me().block->shared + at);
-}
-template <bool kTransposed, class Part, int kHalf>
-inline void multiply_group(Part, float (&d)[kHalf], uint64_t a, uint64_t b, bool add) {
-  const unsigned lane = emulation::me().thread % 32, warp = emulation::me().thread / 32 % 4;
-  std::vector<uint16_t> seen;
-  const auto element = [&](uint64_t descriptor, bool transposed, unsigned row, unsigned k) {
-    seen.push_back(described(descriptor, transposed, row, k));
-    return double(to_float(Part{seen.back()}));
-  };
-  for (int i = 0; i < kHalf; ++i) {
-    const unsigned row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    double sum = add ? d[i] : 0;
-    for (unsigned k = 0; k < 16; ++k) sum += element(a, kTransposed, row, k) * element(b, false, column, k);
-    d[i] = truncated(sum);
-  }
-  emulation::me().pending.push_back([=] {  // nobody may have written there before the product was waited for
-    size_t at = 0;
-    for (int i = 0; i < kHalf; ++i)
-      for (unsigned k = 0; k < 16; ++k) {
-        const unsigned row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (described(a, kTransposed, row, k) != seen[at++] || described(b, false, column, k) != seen[at++]) return false;
-      }
-    return true;
-  });
-}
-
 #endif
-
-// Where an operand lies whose rows are 128 bytes with their 16-byte pieces permuted (`swizzled`), eight rows to 1,024
-// bytes, the first at a multiple of that; `stride`: bytes from eight rows to the next eight.
-__device__ __forceinline__ uint64_t descriptor(const void* start, unsigned stride) {
-  return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
-}
-__device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) * 16); }
 
 // Waits for every block of a grid that is resident as a whole. `counter` starts at 0 and only grows.
 __device__ __forceinline__ void grid_barrier(uint32_t* counter, uint32_t& turn) {

@@ -56,11 +56,10 @@ struct Block {
   dim3 index;
   unsigned rank = 0;
   Cluster* cluster = nullptr;
-  Meeting meeting, groups[16];
+  Meeting meeting;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
-  size_t bytes = 0;
 };
 
 struct Cluster {
@@ -83,7 +82,6 @@ struct Fibre {
   Block* block = nullptr;
   unsigned thread = 0, phase = 0;
   std::vector<std::vector<Copy>> groups{1};
-  std::vector<std::function<bool()>> pending;  // products not waited for
   bool done = false;
 };
 
@@ -135,7 +133,6 @@ inline void prepare(Fibre& f) {
   f.done = false;
   f.phase = 0;
   f.groups.assign(1, {});
-  f.pending.clear();
 #if defined(__x86_64__)
   auto top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t(15);
   auto* frame = reinterpret_cast<void**>(top) - 2;  // a return address, and the alignment a call would leave
@@ -183,15 +180,6 @@ inline T shown(const unsigned char (&board)[32][64], unsigned lane) {
   T value;
   std::memcpy(&value, board[lane & 31], sizeof(T));
   return value;
-}
-
-inline void settle() {  // what waiting for products finds
-  for (const auto& unchanged : me().pending)
-    if (!unchanged()) {
-      std::fprintf(stderr, "emulated kernel: shared memory was written while a product read it\n");
-      std::abort();
-    }
-  me().pending.clear();
 }
 
 inline int failed(const char* why) {
@@ -253,11 +241,9 @@ inline int launch(dim3 grid, dim3 block, size_t shared, unsigned cluster, bool t
     one.meeting.expected = threads;
     one.warps.resize(threads / 32);
     for (Warp& w : one.warps) w.meeting.expected = 32;
-    one.storage.reset(new unsigned char[shared + 2048]);
-    std::memset(one.storage.get(), 0xff, shared + 2048);  // as numbers: NaN
-    auto start = (reinterpret_cast<uintptr_t>(one.storage.get()) + 1023) & ~uintptr_t(1023);
-    one.shared = reinterpret_cast<unsigned char*>(start);
-    one.bytes = shared;
+    one.storage.reset(new unsigned char[shared]);
+    one.shared = one.storage.get();
+    std::memset(one.shared, 0xff, shared);  // as numbers: NaN
     batch.push_back(&one);
     if (!together && (b + 1) % cluster == 0) {
       if (int code = go(batch, threads)) return code;
@@ -290,15 +276,6 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) {
   const unsigned lane = emulation::me().thread % 32;
   return emulation::shown<T>(emulation::show(value), lane ^ mask);
 }
-template <class T>
-inline T __shfl_sync(unsigned, T value, int lane) {
-  return emulation::shown<T>(emulation::show(value), lane);
-}
-template <class T>
-inline T __shfl_up_sync(unsigned, T value, unsigned by) {
-  const unsigned lane = emulation::me().thread % 32;
-  return emulation::shown<T>(emulation::show(value), lane < by ? lane : lane - by);
-}
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const auto& board = emulation::show(predicate);
   unsigned bits = 0;
@@ -306,8 +283,6 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return bits;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 template <class T, class U>
 inline T atomicAdd(T* at, U by) {
   const T before = *at;

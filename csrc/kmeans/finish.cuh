@@ -40,7 +40,7 @@ struct Finish {
   template <class Number>
   __device__ static Number sum_of_teams(const Number* parts) {  // one warp, the same number in every lane
     Number sum = 0;
-    for (unsigned i = threadIdx.x % 32; i < gridDim.x * Tile::kTeams; i += 32) sum += parts[i];
+    for (unsigned i = threadIdx.x % 32; i < gridDim.x; i += 32) sum += parts[i];
     for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
     return sum;
   }

@@ -40,11 +40,9 @@ struct TeamShared {
   float exchange[Tile::kExchangeRows * Tile::kScorePitch];  // scores of this block's rows, from every block
   int64_t before[Tile::kRows];
   uint64_t candidates[Tile::kRows];
-  uint64_t barriers[2];
-  double energy[Tile::kTeamWarps * 4];  // of the lanes that take rows
-  int32_t label[Tile::kRows], count[Tile::kClusters], changed[Tile::kTeamWarps * 4];
+  double energy[Tile::kWarps * 4];  // of the lanes that take rows
+  int32_t label[Tile::kRows], count[Tile::kClusters], changed[Tile::kWarps * 4];
   int32_t doubts, share;
-  uint32_t turn;
 };
 
 template <class Tile>
@@ -56,7 +54,7 @@ struct Shared {
       float fresh[Tile::kClusters * kGroup];
     } scratch;  // between passes
   };
-  TeamShared<Tile> team[Tile::kTeams];
+  TeamShared<Tile> team;
   double norms[Tile::kClusters], totals[Tile::kClusters], next_totals[Tile::kClusters], means[kGroup];
   Status status;
   int64_t whole_changed;
@@ -68,8 +66,8 @@ struct Shared {
 template <class Tile>
 struct Team {
   using T = typename Tile::T;
-  static constexpr int kRows = Tile::kRows, kWarps = Tile::kTeamWarps, kThreads = kWarps * 32;
-  static constexpr int kClusters = Tile::kClusters, kTeams = Tile::kTeams;
+  static constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps, kThreads = kWarps * 32;
+  static constexpr int kClusters = Tile::kClusters;
 
   const Problem& p;
   const Workspace& w;
@@ -79,43 +77,18 @@ struct Team {
 
   // Registers are scarce: what can be asked for or lies in shared memory is not kept.
   __device__ Team(Shared<Tile>& block, const Problem& p, const Workspace& w)
-      : p(p), w(w), block(block), s(block.team[group()]), order(p.order) {
-    if (thread() == 0) {
-      s.share = (kRows + members() - 1) / members();
-      s.turn = 0;
-    }
-    if constexpr (kTeams > 1)
-      if (thread() < 2) barrier_init(&s.barriers[thread()], members());
+      : p(p), w(w), block(block), s(block.team), order(p.order) {
+    if (thread() == 0) s.share = (kRows + members() - 1) / members();
     cluster_barrier();
   }
   __device__ static int rank() { return cluster_rank(); }
   __device__ static int members() { return cluster_size(); }
-  __device__ static int group() { return kTeams == 1 ? 0 : threadIdx.x / kThreads; }
-  __device__ static int team() { return blockIdx.x / members() * kTeams + group(); }
-  __device__ static int thread() { return kTeams == 1 ? threadIdx.x : threadIdx.x % kThreads; }
+  __device__ static int team() { return blockIdx.x / members(); }
+  __device__ static int thread() { return threadIdx.x; }
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return thread() / 32; }
   __device__ static int first_column() { return rank() * Tile::kSlice; }
   __device__ int share() const { return s.share; }  // rows of a tile that a block decides
-
-  __device__ void sync() const {  // this block's threads of the team
-    if constexpr (kTeams == 1) __syncthreads();
-    else group_barrier(1 + group(), kThreads);
-  }
-
-  // All threads of the team in all blocks. Two barriers in turn: one is not arrived at again before all have left it.
-  __device__ void meet() {
-    if constexpr (kTeams == 1) {
-      cluster_barrier();
-    } else {
-      sync();
-      const unsigned turn = s.turn;
-      if (thread() < members()) barrier_arrive(&s.barriers[turn % 2], thread());
-      barrier_wait(&s.barriers[turn % 2], turn / 2 % 2);
-      sync();
-      if (thread() == 0) s.turn = turn + 1;
-    }
-  }
 
   __device__ int64_t row_at(int64_t position) const { return order ? order[position] : position; }
   __device__ int tiles() const {  // of this team
@@ -251,7 +224,7 @@ struct Team {
   template <class Add>
   __device__ void settle(Add add) {
     __threadfence();
-    meet();  // lists are whole
+    cluster_barrier();  // lists are whole
     const int many = s.doubts;
     Doubt* list = w.doubts + team() * w.team_rows;
     for (int i = rank() * kWarps + warp(); i < many; i += members() * kWarps) {
@@ -267,9 +240,9 @@ struct Team {
       __syncwarp();
     }
     __threadfence();
-    meet();
+    cluster_barrier();
     for (int first = 0; first < many; first += kRows) {
-      sync();
+      __syncthreads();
       for (int row = thread(); row < kRows; row += kThreads)
         s.label[row] = first + row < many ? int(list[first + row].label) : -2;
       add([&](int row) { return first + row < many ? row_at(list[first + row].position) : -1; });
@@ -278,7 +251,7 @@ struct Team {
 
   // Everything of a pass but the sums.
   __device__ void report() {
-    sync();
+    __syncthreads();
     if (rank() == 0)
       for (int k = thread(); k < kClusters; k += kThreads) w.slot_counts[team() * kClusters + k] = s.count[k];
     if (thread() == 0) {
@@ -288,10 +261,9 @@ struct Team {
         energy += s.energy[i];
         all += s.changed[i];
       }
-      const int at = blockIdx.x * kTeams + group();
-      w.energy[at] = energy;
-      w.changed[at] = all;
-      w.doubtful[at] = rank() == 0 ? s.doubts : 0;
+      w.energy[blockIdx.x] = energy;
+      w.changed[blockIdx.x] = all;
+      w.doubtful[blockIdx.x] = rank() == 0 ? s.doubts : 0;
     }
   }
 };

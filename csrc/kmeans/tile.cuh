@@ -21,7 +21,6 @@ struct Tile {
   static constexpr int kScorePitch = kClusters + 8;     // the first spare column holds the squared norm
   static constexpr int kParts = Kind<T>::kParts;
 
-  static constexpr int kTeams = 1, kTeamWarps = kWarps;
   static constexpr int kExchangeRows = kRows + 8;  // rows in up to 8 equal shares
   static constexpr int kMostMembers = 8, kBlocksPerSm = kWarps == 4 ? 2 : 1;
   static constexpr int kAdds = kSteps * Kind<T>::kScoreProducts + kWarps;  // roundings in a score, but for the team's
@@ -232,15 +231,15 @@ struct Tile {
       for (int i = 0; i < mine; ++i) {
         const int tile = t.team() + i * t.w.teams;
         wait_for_copies<kStages - 2>();
-        t.sync();  // this tile is here for everyone, and the one before is done with
+        __syncthreads();  // this tile is here for everyone, and the one before is done with
         begin(i + kStages - 1);
         t.remember_labels(tile);
         scores(stages, i % kStages, centers);
-        t.sync();
+        __syncthreads();
         send(t);
-        t.meet();
+        cluster_barrier();
         t.decide(tile);
-        t.meet();
+        cluster_barrier();
         t.note_doubts(tile);
         t.count();
         add(stages, i % kStages, t.s.label, sums);
@@ -249,7 +248,7 @@ struct Tile {
     t.settle([&](auto row_of) {
       load(t, 0, row_of);
       wait_for_copies<0>();
-      t.sync();
+      __syncthreads();
       t.count();
       add(stages, 0, t.s.label, sums);
     });

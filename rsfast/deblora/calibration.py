@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rsfast.deblora.arrays import BATCH_BYTES, KINDS, Rows, as_integers, as_rows, give_back, mapping_of
+from rsfast.deblora.store import FeatureStore
 
 TIMES = 10  # smaller than the largest class: where the paper's alpha begins to move rows
 Alpha = float | Literal["auto"] | Any
@@ -59,8 +60,8 @@ def calibrate(
             them. The paper's released code multiplies the centre by its number, 0.5 by default: here 1 less that.
         tail: Classes that move. None: those with :math:`ir_c > 10`, the only ones that ``"auto"`` moves.
         out: Where the result goes: an array or tensor like the features (``np.memmap`` for what does not fit in
-            memory: rows pass through a few at a time), or a ``FeatureStore``, which gets rows and labels appended.
-            None: a new one in memory.
+            memory: rows pass through a few at a time), or a :class:`FeatureStore`, which gets rows (in its dtype) and
+            labels appended, and names and splits if features are a store too. None: a new array in memory.
 
     Returns:
         ``out``, or rows in the features' dtype: a tensor if features are one, else NumPy. Rows of other classes are
@@ -81,13 +82,16 @@ def calibrate(
     """
     rows, labels, move = _checked(features, labels, mu, alpha, tail)
     if out is not None:
+        if out is features and isinstance(out, FeatureStore):
+            raise ValueError("out must be another store than features")
         _check_out(out, rows)
     rows.check()
     if out is None and not rows.on_disk:
         return rows.back(_shifted(rows.all().clone(), labels, move))
     if out is None:
         out = rows.back(torch.empty(len(rows), rows.dim, dtype=rows.dtype))
-    _fill(out, _moved(rows, labels, move, None), labels)
+    texts = {name: getattr(features, name) for name in ("names", "splits") if isinstance(features, FeatureStore)}
+    _fill(out, _moved(rows, labels, move, None), labels, texts)
     return out
 
 
@@ -233,18 +237,19 @@ def _check_out(out: Any, rows: Rows) -> None:
             raise ValueError(f"out must be like features, {wanted}, got {dtype} of {tuple(out.shape)}")
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise ValueError("out must be writable, got a read-only array")
-    elif not hasattr(out, "append") or getattr(out, "dim", None) != rows.dim:
-        got = f"{type(out).__name__} of dim {getattr(out, 'dim', None)}"
-        raise TypeError(f"out must be an array, a tensor or a feature store of dim {rows.dim}, got {got}")
+    elif not isinstance(out, FeatureStore):
+        raise TypeError(f"out must be an array, a tensor or a FeatureStore, got {type(out).__name__}")
+    elif out.dim != rows.dim:
+        raise ValueError(f"out must be a store of dim {rows.dim}, as features, got {out.dim}")
 
 
-def _fill(out: Any, parts: Iterator[tuple[int, Tensor]], labels: Tensor) -> None:
+def _fill(out: Any, parts: Iterator[tuple[int, Tensor]], labels: Tensor, texts: dict[str, list[str]]) -> None:
     for start, part in parts:
-        stop = start + len(part)
+        here = slice(start, start + len(part))
         if isinstance(out, Tensor):
-            out[start:stop] = part
+            out[here] = part
         elif isinstance(out, np.ndarray):
-            out[start:stop] = part.numpy(force=True)
+            out[here] = part.numpy(force=True)
             give_back(mapping_of(out))
         else:
-            out.append(part.numpy(force=True), labels=labels[start:stop].numpy(force=True))
+            out.append(part.cpu(), labels[here].cpu(), **{name: text[here] for name, text in texts.items()})

@@ -26,7 +26,7 @@ Groups = Literal["auto", "dota"] | Mapping[str, Sequence]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassCounts:
-    """Samples of each class; made by :meth:`from_labels`.
+    """Samples of each class; made by :meth:`from_labels`. Losses and samplers take it for its ``counts``.
 
     Attributes:
         classes: C names.
@@ -90,20 +90,6 @@ class ClassCounts:
         counts = self._numpy()
         with np.errstate(divide="ignore"):
             return self._like(counts.max() / counts.astype(np.float64))
-
-    def weights(self):
-        """Weights of classes in a loss, (C,) fp32: 1 / n_c, scaled to a mean of 1 over the classes with samples.
-
-        0 for the others, which have nothing to be weighed.
-        """
-        counts = self._numpy()
-        inverse = np.where(counts > 0, 1 / np.maximum(counts, 1), 0.0)
-        return self._like((inverse * (counts > 0).sum() / inverse.sum()).astype(np.float32))
-
-    def log_prior(self):
-        """log(n_c / N), (C,) fp32, for logit adjustment; a class without samples counts as one with half a sample."""
-        counts = self._numpy()
-        return self._like(np.log(np.where(counts > 0, counts, 0.5) / counts.sum()).astype(np.float32))
 
     def _numpy(self) -> np.ndarray:
         return self.counts.numpy(force=True) if isinstance(self.counts, Tensor) else self.counts

@@ -42,7 +42,8 @@ def dota_rows(
         where = f"{labels.root}/{file}"
         boxes = list(_boxes(labels.read(file), where))  # malformed lines are told of in files without an image too
         above = PurePosixPath(file).parents[len(PurePosixPath(folder).parts)]
-        image = _image_of(file, above, stems)
+        part = next((part for part in reversed(above.parts) if part.lower() in SPLITS), above.name)
+        image = _image_of(file, part, stems)
         if image is None:
             left_out[where] = f"no image, or more than one, of the name {PurePosixPath(file).stem} in {images.root}"
             continue
@@ -51,7 +52,7 @@ def dota_rows(
         except BrokenImageError as error:
             left_out[where] = str(error)
             continue
-        split = SPLITS.get(above.name.lower())
+        split = SPLITS.get(part.lower())
         for number, (line, box, category, hard) in enumerate(boxes):
             place = f"{where}, line {line}"
             if hard and not difficult:
@@ -66,10 +67,10 @@ def dota_rows(
             yield Row(place, image, category, split, box, f"{image}#{number}")
 
 
-def _image_of(file: str, above: PurePosixPath, stems: dict[str, list[str]]) -> str | None:
-    """The image of the same name; where several have it, the one of the same split."""
+def _image_of(file: str, part: str, stems: dict[str, list[str]]) -> str | None:
+    """The image of the same name; where several have it, the one in a folder of the same split."""
     found = stems.get(PurePosixPath(file).stem, [])
-    near = [name for name in found if above.name and above.name in PurePosixPath(name).parts[:-1]]
+    near = [name for name in found if part in PurePosixPath(name).parts[:-1]]
     chosen = near if len(found) > 1 else found
     return chosen[0] if len(chosen) == 1 else None
 
@@ -93,6 +94,7 @@ def _boxes(content: bytes, where: str) -> Iterator[tuple[int, tuple[float, ...],
                 raise ValueError(f"difficult {words[9]!r}")
         except ValueError as error:
             raise ValueError(
-                f"{where}, line {number}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 category difficult', got {error} in {line!r}"
+                f"{where}, line {number}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 category difficult', got {error} in "
+                f"{line!r}"
             ) from error
         yield number, box, words[8], int(words[9]) > 0

@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def extract_features(
 
     A batch is one append. Started again, the rows there must be the first ones of the data set, and model, transform,
     batch size, precision and device those of before; then the finished store is, byte by byte, what one run gives.
+    Compared are the model's layers and weights, the text (``repr``) of the transform, and names and labels, not images.
 
     Args:
         model: What :func:`image_encoder` knows. It is put into evaluation mode for the time being.
@@ -94,49 +96,75 @@ def extract_features(
         "transform": described(items.transform), "images": len(items), "batch_size": batch_size,
         "precision": precision, "device": device.type,
     }  # fmt: skip
-    store, folder = None, Path(folder)
-    try:
+    folder = Path(folder)
+    writer = _Writer(
+        lambda dim: FeatureStore.create(folder, dim, dtype=dtype, classes=items.classes, metadata=settings)
+    )
+    with writer, _evaluating(encoder):
         if (folder / HEADER).exists():
-            store = FeatureStore(folder)
-            _check_begun(store, items, settings, dtype, strict)
-        done = len(store) + len(store.left_out) if store is not None else 0
+            writer.store = FeatureStore(folder)
+            _check_begun(writer.store, items, settings, dtype, strict)
+        start = 0 if writer.store is None else len(writer.store) + len(writer.store.left_out)
         batches = loader(
-            Subset(items, range(done, len(items))), workers=workers, pin_memory=device.type == "cuda",
+            Subset(items, range(start, len(items))), workers=workers, pin_memory=device.type == "cuda",
             batch_size=batch_size, collate_fn=collate,
         )  # fmt: skip
-        waiting = []  # batches without one whole image, before it is known how wide a store must be
-        with _evaluating(encoder):
-            for indices, images, labels, broken in tqdm(batches, "features", leave=False, disable=not progress):
-                broken = [(index, items.name(index), reason) for index, reason in broken]
-                if broken and strict:
-                    raise ValueError("an image cannot be used: {}: {}".format(*broken[0][1:]))
-                if not indices and store is None:
-                    waiting.append(broken)
-                    continue
-                names, splits = [items.name(i) for i in indices], [items.split(i) for i in indices]
-                if indices:
-                    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-                        features = _encode(encoder, images.to(device, non_blocking=True), names)
-                else:
-                    features = torch.empty(0, store.dim)
-                if store is None:
-                    width, options = features.shape[1], dict(dtype=dtype, classes=items.classes, metadata=settings)
-                    store = FeatureStore.create(folder, width, **options)
-                    for others in waiting:
-                        store.append(torch.empty(0, width), left_out=others)
-                store.append(features, labels, names, splits, left_out=broken)
-        if store is None or not len(store):
-            first = store.left_out[0] if store is not None else waiting[0][0]
-            raise ValueError(f"none of the {len(items)} images can be used, e.g. {first[1]}: {first[2]}")
-    finally:
-        if store is not None:
-            store.close()
-    if store.left_out:
-        _, name, reason = store.left_out[0]
-        warnings.warn(
-            f"{len(store.left_out)} of {len(items)} images are left out, e.g. {name}: {reason}", stacklevel=2
-        )  # fmt: skip
-    return store
+        for indices, images, labels, broken in tqdm(batches, "features", leave=False, disable=not progress):
+            broken = [(index, items.name(index), reason) for index, reason in broken]
+            if broken and strict:
+                raise ValueError("an image cannot be used: {}: {}".format(*broken[0][1:]))
+            names, features = [items.name(i) for i in indices], None
+            if indices:
+                with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+                    features = _encode(encoder, images.to(device, non_blocking=True), names)
+            writer.put(features, labels, names, [items.split(i) for i in indices], broken)
+    left_out = writer.left_out()
+    if left_out:
+        example = f"e.g. {left_out[0][1]}: {left_out[0][2]}"
+        if len(left_out) == len(items):
+            raise ValueError(f"none of the {len(items)} images can be used, {example}")
+        warnings.warn(f"{len(left_out)} of {len(items)} images are left out, {example}", stacklevel=2)
+    return writer.store
+
+
+class _Writer:
+    """Appends a batch while the next one is computed; makes the store as soon as it is known how wide it must be."""
+
+    def __init__(self, create: Callable[[int], FeatureStore]):
+        self.store, self._create = None, create
+        self._waiting: list[list] = []  # what was left out of batches without one whole image, before there is a store
+        self._thread, self._pending = ThreadPoolExecutor(1), None
+
+    def put(self, features: Tensor | None, labels, names, splits, left_out: list) -> None:
+        if self.store is None and features is None:
+            self._waiting.append(left_out)
+            return
+        if self.store is None:
+            self.store = self._create(features.shape[1])
+            for others in self._waiting:
+                self.store.append(torch.empty(0, self.store.dim), left_out=others)
+        self._finish()
+        rows = torch.empty(0, self.store.dim) if features is None else features
+        self._pending = self._thread.submit(self.store.append, rows, labels, names, splits, left_out=left_out)
+
+    def left_out(self) -> list:
+        return self.store.left_out if self.store is not None else [item for part in self._waiting for item in part]
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self._thread.shutdown()
+            if error is None:
+                self._finish()
+        finally:
+            if self.store is not None:
+                self.store.close()
 
 
 def _move(encoder, device: str | torch.device | None) -> torch.device:

@@ -21,11 +21,11 @@ def is_image(name: str) -> bool:
 def class_folders(images: Sequence[str]) -> Iterator[Row]:
     """Rows of ``class/.../image``, or ``train/class/.../image`` where all lie in folders of splits.
 
-    One folder around all classes, as in a zip of a folder, is left out of account.
+    One folder around all others, as in a zip of a folder, is left out of account: one in which most images lie deeper.
     """
     parts = {name: PurePosixPath(name).parts for name in images}
     tops = {part[0].lower() for part in parts.values()}
-    if len(tops) == 1 and not tops & SPLITS.keys() and all(len(part) > 2 for part in parts.values()):
+    if len(tops) == 1 and not tops & SPLITS.keys() and 2 * sum(len(part) > 2 for part in parts.values()) > len(parts):
         parts = {name: part[1:] for name, part in parts.items()}
         tops = {part[0].lower() for part in parts.values()}
     split = bool(tops) and tops <= SPLITS.keys() and all(len(part) > 1 for part in parts.values())

@@ -37,8 +37,8 @@ class LabelledImages:
     Raises:
         ValueError: A length, a class or a box does not fit.
 
-    The image loaded last is kept decoded, by each process for itself, so that rows in the order of their images decode each
-    image once.
+    The image that a crop was cut from last is kept decoded, by each process for itself, so that rows in the order of
+    their images decode each image once.
 
     Example:
         >>> import rsfast.deblora

@@ -67,8 +67,8 @@ def labelled_csv_rows(
     return rows
 
 
-def harma_rows(files: Files) -> tuple[list[Row], tuple[str, ...] | None]:
-    """Rows of HarMA's json, an image once a split, and where ``label`` are ids their names by ``label_name``."""
+def harma_rows(files: Files) -> tuple[list[Row], dict[int, str]]:
+    """Rows of HarMA's json, an image once a split, and for ids in ``label`` their names in ``label_name``."""
     rows: dict[tuple, Row] = {}
     names: dict[int, str] = {}
     for split, path in files.items():
@@ -89,7 +89,4 @@ def harma_rows(files: Files) -> tuple[list[Row], tuple[str, ...] | None]:
             row = rows.setdefault((split, image), Row(where, image, label, split))
             if row.label != label:
                 raise ValueError(f"{where}: image {image} has the label {label!r}, and {row.label!r} in {row.where}")
-    if not names:
-        return list(rows.values()), None
-    largest = max(row.label for row in rows.values() if isinstance(row.label, int))
-    return list(rows.values()), tuple(names.get(number, str(number)) for number in range(largest + 1))
+    return list(rows.values()), names

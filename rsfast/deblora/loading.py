@@ -89,21 +89,23 @@ def load_labelled(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    classes = read_classes(classes)
+    classes, cutting = read_classes(classes), {"crop": crop, "margin": margin}
     files, format = _found(path, format, label_folder)
     if files is None:
-        return _from_folder(
-            Path(path), images, format, classes, label_folder, difficult, {"crop": crop, "margin": margin}
-        )
-    source = ", ".join(map(str, files.values()))
+        return _from_folder(Path(path), images, format, classes, label_folder, difficult, cutting)
+    source = ", ".join(map(str, files.values() if isinstance(path, Mapping) else [path]))
     if format == "csv":
         rows = labelled_csv_rows(files, csv_path_key, csv_label_key, csv_split_key, csv_separator, csv_encoding)
     elif format == "harma":
         rows, names = harma_rows(files)
-        classes = names if classes is None else classes
+        if classes is not None:  # whose order need not be that of the ids
+            rows = [row._replace(label=names.get(row.label, row.label)) for row in rows]
+        elif names and all(isinstance(row.label, int | None) for row in rows):
+            largest = max(row.label for row in rows if row.label is not None)
+            classes = [names.get(number, str(number)) for number in range(largest + 1)]
     else:
         rows = list_rows(files)
-    return labelled(rows, _store(images, next(iter(files.values())).parent), source, classes=classes)
+    return labelled(rows, _store(images, next(iter(files.values())).parent), source, classes=classes, **cutting)
 
 
 def _store(images: str | Path | ImageStore | None, default: Path) -> ImageStore:
@@ -123,15 +125,15 @@ def _from_folder(root, images, format, classes, label_folder, difficult, cutting
     rows = list(class_folders([*filter(is_image, store.names())]))
     if classes is None and (format == "fusrs" or (format == "auto" and is_fusrs(rows))):
         classes = FUSRS_CLASSES
-    return labelled(rows, store, str(root), classes=classes)
+    return labelled(rows, store, str(root), classes=classes, **cutting)
 
 
 def _found(path, format: str, label_folder: str) -> tuple[Files | None, str]:
     """The files to read, None for what is read as a folder, and their format."""
     if isinstance(path, Mapping):
-        files = {SPLITS.get(split.lower(), split): Path(file) for split, file in path.items()}
-        if not files:
-            raise ValueError("path must name a file at least, got an empty mapping")
+        files = {SPLITS.get(str(split).lower(), str(split)): Path(file) for split, file in path.items()}
+        if not files or len(files) < len(path):
+            raise ValueError(f"path must name a file for each split, splits that differ, got {list(path)}")
     else:
         path = Path(path)
         if not path.exists():

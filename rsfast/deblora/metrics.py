@@ -164,15 +164,15 @@ def class_distances(
         unit = torch.nn.functional.normalize(part.to(kind), dim=1, eps=torch.finfo(kind).tiny)
         sums.index_add_(0, own, _distance((unit * directions[own]).sum(1)).double())
     intra = (sums / counts).cpu()  # NaN for a class without rows
-    inter, present = _distance(centers @ centers.T).cpu(), (counts > 0).cpu()
+    centers, present = centers.cpu(), (counts > 0).cpu()
     everything = present.nonzero()[:, 0].tolist()
-    result = {"inter": _pairs(inter, everything, everything), "intra": _mean(intra)}
+    result = {"inter": _apart(centers, everything, everything), "intra": _mean(intra)}
     if groups is None:
         return result
     members = _members(groups.groups if isinstance(groups, ClassCounts) else groups)
     of = {group: [c for c in ids if c < len(present) and present[c]] for group, ids in members.items()}
     for one, other in combinations_with_replacement(GROUPS, 2):
-        result[f"inter_{one}_{other}"] = _pairs(inter, of[one], of[other])
+        result[f"inter_{one}_{other}"] = _apart(centers, of[one], of[other])
     return result | {f"intra_{group}": _mean(intra[ids]) for group, ids in of.items()}
 
 
@@ -180,10 +180,11 @@ def _distance(cosines: Tensor) -> Tensor:
     return (1 - cosines).clamp(0, 2)  # rounding may bring a cosine above 1
 
 
-def _pairs(distances: Tensor, one: list[int], other: list[int]) -> float:
-    """Mean distance of pairs of different classes."""
-    if len(one) == 0 or len(other) == 0:
+def _apart(centers: Tensor, one: list[int], other: list[int]) -> float:
+    """Mean distance of a class of the one and another class of the other, from sums: C x C cosines need not be held."""
+    both = sorted(set(one) & set(other))
+    pairs = len(one) * len(other) - len(both)
+    if not pairs:
         return float("nan")
-    ones, others = torch.tensor(one)[:, None], torch.tensor(other)[None]
-    different = ones != others
-    return float(distances[ones, others][different].mean()) if different.any() else float("nan")
+    cosines = centers[one].sum(0) @ centers[other].sum(0) - centers[both].square().sum()
+    return float(_distance(cosines / pairs))

@@ -193,14 +193,16 @@ class FeatureStore:
         text = "".join(json.dumps(pair) + "\n" for pair in zip(names, splits, strict=True)).encode()
         self.lock()
         content = dict(zip(files.DATA, (rows.tobytes(), labels.tobytes(), text), strict=True))
-        for name, at in files.total_bytes(self._appends).items():
-            files.put(self.folder / name, at, content[name])
+        for name, part in content.items():
+            files.put(self.folder / name, self._sizes[name], part)
         sizes = {name: len(part) for name, part in content.items()}
         sums = {name: zlib.crc32(part) for name, part in content.items()}
         append = files.Append(len(self), len(rows), sizes, sums, left_out)
-        files.put(self.folder / files.LOG, self._log_bytes, append.line())
+        line = append.line()
+        files.put(self.folder / files.LOG, self._sizes[files.LOG], line)
         self._appends.append(append)
-        self._log_bytes += len(append.line())
+        for name, size in {**sizes, files.LOG: len(line)}.items():
+            self._sizes[name] += size
         self._forget()
 
     def lock(self) -> None:
@@ -249,7 +251,7 @@ class FeatureStore:
 
     def _refresh(self) -> None:
         row_bytes = {files.FEATURES: self.dim * self.dtype.itemsize, files.LABELS: LABEL.itemsize}
-        self._appends, self._log_bytes = files.read_log(self.folder, row_bytes)
+        self._appends, self._sizes = files.read_log(self.folder, row_bytes)
         self._forget()
 
     def _forget(self) -> None:
@@ -259,7 +261,7 @@ class FeatureStore:
 
     def _text(self) -> list[tuple[str, str]]:
         if self._pairs is None:
-            path, size = self.folder / files.TEXT, files.total_bytes(self._appends)[files.TEXT]
+            path, size = self.folder / files.TEXT, self._sizes[files.TEXT]
             lines = path.read_bytes()[:size].splitlines() if size else []
             try:
                 self._pairs = [tuple(json.loads(line)) for line in lines]

@@ -66,30 +66,28 @@ def read_header(folder: Path) -> dict:
     return content
 
 
-def read_log(folder: Path, row_bytes: dict[str, int]) -> tuple[list[Append], int]:
-    """The completed appends, and how many bytes of the log they are.
+def read_log(folder: Path, row_bytes: dict[str, int]) -> tuple[list[Append], dict[str, int]]:
+    """The completed appends, and how many bytes of each file, the log included, they are.
 
     A last line without an end is an append that was cut off; anything else that does not fit is damage.
     """
     path = folder / LOG
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    appends, rows, size = [], 0, 0
+    appends, rows, sizes = [], 0, dict.fromkeys((*DATA, LOG), 0)
     for number, line in enumerate(lines):
         content = _unsealed(line)
         if content is None or content["first"] != rows:
             raise ValueError(f"{path} is damaged: line {number + 1} does not fit its checksum or the line before")
         appends.append(Append(**content))
         rows += appends[-1].rows
-        size += len(line) + 1
-    for name, wanted in total_bytes(appends).items():
-        found = os.path.getsize(folder / name) if (folder / name).is_file() else 0
+        for name in DATA:
+            sizes[name] += appends[-1].bytes[name]
+        sizes[LOG] += len(line) + 1
+    for name in DATA:
+        found, wanted = os.path.getsize(folder / name) if (folder / name).is_file() else 0, sizes[name]
         if found < wanted or (name in row_bytes and wanted != rows * row_bytes[name]):
             raise ValueError(f"{folder / name} is damaged: {rows} rows are {wanted} bytes, it has {found}")
-    return appends, size
-
-
-def total_bytes(appends: list[Append]) -> dict[str, int]:
-    return {name: sum(append.bytes[name] for append in appends) for name in DATA}
+    return appends, sizes
 
 
 def put(path: Path, at: int, content) -> None:

@@ -60,8 +60,11 @@ class ImageStore:
         """Of all files, sorted; those of a zip as they stand in it, those of a folder with ``/`` between folders."""
         if self._entries is not None:
             return sorted(set(self._entries.values()))
-        folders = ((Path(folder), files) for folder, _, files in os.walk(self.root, followlinks=True))
-        return sorted((folder / file).relative_to(self.root).as_posix() for folder, files in folders for file in files)
+        names = []
+        for folder, _, files in os.walk(self.root, followlinks=True):
+            inside = Path(folder).relative_to(self.root)
+            names += [file if inside == Path() else f"{inside.as_posix()}/{file}" for file in files]
+        return sorted(names)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file that is there."""

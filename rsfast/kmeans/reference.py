@@ -1,10 +1,15 @@
 """What k-means computes, in plain PyTorch: a few rows at a time, so that nothing as large as the data is made."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+CANCELLED = 2.0**-6  # of the terms, below which a difference of them is computed another way
+_AT_ONCE = 2**22  # numbers of a chunk of rows: what a cache holds
 
 
 class Assignment(NamedTuple):
@@ -34,7 +39,7 @@ def kmeans_assign(x: Tensor, centers: Tensor, subsidies: Tensor | None = None, e
     """``argmin_k ||x_i - c_k||^2 - s_k`` and ``||x_i - c||^2`` of the centre found."""
     nearest, parts = _Nearest(x, centers, subsidies, exact), []
     for rows in _chunks(x, centers):
-        labels, _ = nearest(rows)
+        labels = nearest(rows, torch.linalg.vector_norm(rows, dim=1))
         parts.append((labels, (rows - centers.to(rows)[labels]).square().sum(1)))
     labels, distances = _joined(parts, x)
     return Assignment(labels, distances)
@@ -50,32 +55,55 @@ def kmeans_update(x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | 
 
 
 def kmeans_step(
-    x: Tensor, centers: Tensor, weights: Tensor | None = None, subsidies: Tensor | None = None, exact: bool = True
+    x: Tensor,
+    centers: Tensor,
+    weights: Tensor | None = None,
+    subsidies: Tensor | None = None,
+    exact: bool = True,
+    norms: Tensor | None = None,
 ) -> Step:
-    """Both in one pass; ``inertia = sum_i w_i ||x_i||^2 - 2 sum_k c_k . sums_k + sum_k counts_k ||c_k||^2``."""
+    """Both in one pass; ``inertia = sum_i w_i ||x_i||^2 - 2 sum_k c_k . sums_k + sum_k counts_k ||c_k||^2``.
+
+    ``norms`` are those of the rows, for who takes many steps (:func:`row_norms`).
+    """
     nearest, sums, parts = _Nearest(x, centers, subsidies, exact), _Sums(x, len(centers)), []
     energy = torch.zeros((), dtype=torch.float64, device=x.device)
     for start, rows in _numbered(_chunks(x, centers)):
-        w = None if weights is None else weights[start : start + len(rows)]
-        labels, norms = nearest(rows)
+        ours = slice(start, start + len(rows))
+        w = None if weights is None else weights[ours]
+        lengths = torch.linalg.vector_norm(rows, dim=1) if norms is None else norms[ours]
+        labels = nearest(rows, lengths)
         sums.add(rows, labels, w)
-        squares = norms.square().double()
+        squares = lengths.double().square()
         energy += squares.sum() if w is None else squares @ w.double()
-        parts.append((labels, norms))
+        parts.append((labels, lengths))
     labels, _ = _joined(parts, x)
     c = centers.double()
     inertia = energy - 2 * (c * sums.sums.double()).sum() + sums.counts @ c.square().sum(1)
     return Step(labels, sums.sums.to(_result(x)), sums.counts, inertia.clamp(min=0))
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """Lengths of the rows, (N,), fp32 (fp64 of fp64)."""
+    parts = [torch.linalg.vector_norm(rows, dim=1) for rows in _chunks(x, x[:1])]
+    return torch.cat(parts) if parts else x.new_empty(0, dtype=_working(x))
+
+
 def kmeans_distances(x: Tensor, centers: Tensor) -> Tensor:
-    """``||x_i - c_k||^2`` about the mean centre, which keeps what a common offset would round away."""
+    """``||x_i - c_k||^2`` about the mean centre, which keeps what a common offset would round away.
+
+    What is left of much larger numbers has lost their digits: such pairs are taken from differences.
+    """
     middle, parts = centers.double().mean(0), []
     offsets = centers.double() - middle
     for rows in _chunks(x, centers):
-        near, c = rows - middle.to(rows), offsets.to(rows)
-        squares = near.square().sum(1, keepdim=True) + c.square().sum(1)
-        parts.append(torch.addmm(squares, near, c.T, alpha=-2).clamp(min=0).to(_result(x)))
+        near, c, own = rows - middle.to(rows), offsets.to(rows), centers.to(rows)
+        sizes = near.square().sum(1, keepdim=True) + c.square().sum(1)
+        squares = torch.addmm(sizes, near, c.T, alpha=-2).clamp(min=0)
+        for pairs in (squares < CANCELLED * sizes).nonzero().split(max(1, _AT_ONCE // x.shape[1])):
+            i, k = pairs.T
+            squares[i, k] = (rows[i] - own[k]).square().sum(1)
+        parts.append(squares.to(_result(x)))
     return torch.cat(parts) if parts else x.new_empty((0, len(centers)), dtype=_result(x))
 
 
@@ -95,24 +123,24 @@ class _Nearest:
         offsets = self.centers - self.centers.mean(0)  # a term common to all centres changes no argmin
         squares = self.centers.square().sum(1)
         bias = squares - squares.min() - self.subsidies
-        self.factors, self.bias = offsets.T.to(dtype), bias.to(dtype)
+        self.factors, self.bias = (-2 * offsets).to(dtype), bias.to(dtype)
         # |error| of one score, at most: its sum has D products, and bias is rounded once
         unit = torch.finfo(dtype).eps
         self.by_norm = 2 * unit * (centers.shape[1] + 2) * offsets.norm(dim=1).max().to(dtype)
         self.always = 2 * unit * bias.abs().max().to(dtype)
         self.exact = exact
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels of a chunk, and the norms of its rows."""
-        scores = torch.addmm(self.bias, rows, self.factors, alpha=-2)
+    def __call__(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Labels of a chunk whose rows have these norms."""
+        scores = _affine(rows, self.factors, self.bias)
         best, labels = scores.min(1)
-        norms = torch.linalg.vector_norm(rows, dim=1)
         if self.exact:
-            slack = 2 * (self.by_norm * norms + self.always)
-            doubtful = ((scores <= (best + slack)[:, None]).sum(1) != 1).nonzero()[:, 0]
-            if len(doubtful):
+            second = scores.scatter_(1, labels[:, None], torch.inf).amin(1)
+            certain = second > best + 2 * (self.by_norm * lengths + self.always)  # no number is no certainty either
+            if not certain.all():
+                doubtful = (~certain).nonzero()[:, 0]
                 labels[doubtful] = self._certain(rows[doubtful].double())
-        return labels, norms
+        return labels
 
     def _certain(self, rows: Tensor) -> Tensor:
         scores = torch.addmm(self.centers.square().sum(1) - self.subsidies, rows, self.centers.T, alpha=-2)
@@ -126,7 +154,7 @@ class _Nearest:
 
 
 class _Sums:
-    """Sums by label as a product with the labels' indicators: one order of addition, whatever the device."""
+    """Sums by label, each in one order of addition, whatever the device."""
 
     def __init__(self, x, n_clusters):
         self.classes = torch.arange(n_clusters, device=x.device)
@@ -134,7 +162,9 @@ class _Sums:
         self.counts = torch.zeros(n_clusters, dtype=torch.float64, device=x.device)
 
     def add(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        members = (labels[:, None] == self.classes).to(rows)
+        if not rows.is_cuda:
+            return self._add_bags(rows, labels, weights)
+        members = (labels[:, None] == self.classes).to(rows)  # a product with the labels' indicators
         if weights is None:
             self.counts += members.sum(0).double()
         else:
@@ -142,10 +172,39 @@ class _Sums:
             members *= weights.to(rows)[:, None]
         self.sums.addmm_(members.T, rows)
 
+    def _add_bags(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """On a CPU adding up what is there costs less than a product with all that is not."""
+        labels, order = labels.sort(stable=True)
+        first = torch.searchsorted(labels, self.classes)  # rows before it have a lower label; -1 is no class
+        order, labels = order[first[0] :], labels[first[0] :]
+        each = None if weights is None else weights[order]
+        self.counts += torch.bincount(labels, None if each is None else each.double(), len(self.classes))
+        share = None if each is None else each.to(rows)
+        self.sums += embedding_bag(order, rows, first - first[0], mode="sum", per_sample_weights=share)
+
+
+def _affine(rows: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
+    """``rows @ factors.T + bias``."""
+    if rows.dtype == torch.float32 and not rows.is_cuda and (product := _onednn()):
+        return product(rows, factors, bias, "none", [], "")
+    return torch.addmm(bias, rows, factors.T)
+
+
+@functools.cache
+def _onednn() -> Callable | None:
+    """oneDNN's product, which beats addmm's for few columns. PyTorch has it for its compiler only: so it is tried."""
+    try:
+        product = torch.ops.mkldnn._linear_pointwise
+        one = torch.ones(1, 1)
+        return product if product(one, one, one[0], "none", [], "").item() == 2 else None
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
 
 def _working(x: Tensor) -> torch.dtype:
     """float32, unless products of float32 are set to be rounded further."""
-    plain = torch.get_float32_matmul_precision() == "highest"
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    plain = backend.matmul.fp32_precision in ("none", "ieee")
     return torch.float32 if x.dtype != torch.float64 and plain else torch.float64
 
 
@@ -155,7 +214,7 @@ def _result(x: Tensor) -> torch.dtype:
 
 def _chunks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
     """Rows in the working precision, as many as a cache holds (a GPU's memory, generously)."""
-    many = 2**26 if x.is_cuda else 2**20
+    many = 2**26 if x.is_cuda else _AT_ONCE
     rows = max(64, many // max(x.shape[1], len(centers), 1))
     return (part.to(_working(x)) for part in x.split(rows) if len(part))
 

@@ -12,6 +12,7 @@ from rsfast.kmeans.constraint.bounds import Size, size_bounds
 from rsfast.kmeans.constraint.finish import PLAIN, Way, finish
 from rsfast.kmeans.constraint.fixed import as_gaps, spread_of
 from rsfast.kmeans.functional.checks import check_numbers
+from rsfast.kmeans.functional.plain import plain
 
 ROUNDS = 16  # of the ascent; past these the few points that are left are moved one by one
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -25,6 +26,7 @@ class Constrained(NamedTuple):
     counts: Tensor  # (K,) int64
 
 
+@plain
 def constrained_assign(
     costs: Tensor,  # (N, K)
     size_min: Size,
@@ -46,8 +48,9 @@ def constrained_assign(
         size_min: Bounds m, an integer or (K,) integers; see :func:`size_bounds` for a balance ``rho``.
         size_max: Bounds u; None: no upper bound.
         subsidies: Where to start, such as those of the previous iteration: fewer rounds, the same cost.
-        impl: ``auto`` takes the CUDA library for costs on a GPU where it can be had, and PyTorch and NumPy elsewhere;
-            ``fused`` insists; ``reference`` is PyTorch and NumPy. They return the same, bit for bit.
+        impl: ``auto`` takes the CUDA library for costs on a GPU where it can be had, and PyTorch and NumPy elsewhere,
+            with the shortest paths of a library that was built at installation, which need no GPU; ``fused`` insists;
+            ``reference`` is PyTorch and NumPy. They return the same, bit for bit.
 
     Returns:
         ``labels`` (N,) int64, ``subsidies`` (K,) float64 in the unit of the costs, ``counts`` (K,) int64. The subsidies
@@ -92,6 +95,7 @@ def constrained_assign(
     return Constrained(labels, gaps.from_units(units), torch.bincount(labels, minlength=len(lower)))
 
 
+@plain
 def ascend(
     costs: Tensor,  # (N, K)
     subsidies: Tensor,  # (K,)
@@ -149,7 +153,8 @@ def ascend(
 
 
 def _way(impl: Impl, costs: Tensor) -> Way:
-    return library.WAY if use_fused(impl, library.why_not(costs)) else PLAIN
+    fused = use_fused(impl, library.why_not(costs))
+    return PLAIN if impl == "reference" else library.way(fused)
 
 
 def _check_costs(costs: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rsfast import _extension
 from rsfast._dispatch import INTERPRET
-from rsfast.kmeans.constraint.finish import Way
+from rsfast.kmeans.constraint.finish import PLAIN, Way
 
 SIZE, ARRAY = ctypes.c_int64, ctypes.c_void_p
 MOST_CLUSTERS, MOST_POINTS = 4096, 2**31 - 1  # of the kernels
@@ -58,7 +58,8 @@ def shortest_paths(
     lower: np.ndarray, upper: np.ndarray, counts: np.ndarray, subsidies: np.ndarray, gaps: np.ndarray,
     labels: np.ndarray, reach: int,
 ) -> bool:  # fmt: skip
-    call = _extension.function("rsf_shortest_paths", *[SIZE] * 3, *[ARRAY] * 7)
+    found = _extension.of_host() or _extension.library()
+    call = _extension.bind(found, "rsf_shortest_paths", *[SIZE] * 3, *[ARRAY] * 7)
     ran_out = np.zeros(1, np.int32)
     arrays = (lower, upper, gaps, counts, subsidies, labels, ran_out)
     call(len(counts), len(labels), reach, *(array.ctypes.data for array in arrays))
@@ -72,4 +73,8 @@ def _on(tensor: Tensor):
         yield torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
-WAY = Way(climb, widths, near, shortest_paths)
+def way(fused: bool) -> Way:
+    """All of the library, or the half that runs on the host where an installed library has it."""
+    if fused:
+        return Way(climb, widths, near, shortest_paths)
+    return PLAIN._replace(shortest_paths=shortest_paths) if _extension.of_host() else PLAIN

@@ -1,18 +1,17 @@
 """scikit-learn's interface to estimators, without scikit-learn."""
 
-import functools
 import inspect
 import sys
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rsfast.kmeans.estimators.inputs import Given, rows, sample_weights, taken
 from rsfast.kmeans.estimators.sizes import Sizes
 from rsfast.kmeans.functional import kmeans_assign, kmeans_distances
 from rsfast.kmeans.functional.loop import total
+from rsfast.kmeans.functional.plain import plain
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -26,17 +25,6 @@ class ConvergenceWarning(UserWarning):
 def ours_or_sklearns(kind: type) -> type:
     """scikit-learn's class of the same name where scikit-learn is in use, so that what catches its own catches ours."""
     return getattr(sys.modules.get("sklearn.exceptions"), kind.__name__, kind)
-
-
-def plain(method):
-    """No gradients and no autocast: products are of the precision that is promised."""
-
-    @functools.wraps(method)
-    def run(*args, **kwargs):
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return method(*args, **kwargs)
-
-    return run
 
 
 class Estimator:

@@ -4,13 +4,14 @@ import functools
 from typing import Any
 
 from rsfast._dispatch import Impl
-from rsfast.kmeans.estimators.base import Estimator, plain
+from rsfast.kmeans.estimators.base import Estimator
 from rsfast.kmeans.estimators.inputs import rows, sample_weights
 from rsfast.kmeans.estimators.sizes import Sizes
 from rsfast.kmeans.estimators.start import Start, check_int, check_real, tolerance
 from rsfast.kmeans.functional import lloyd
 from rsfast.kmeans.functional.checks import Precision, check_precision
 from rsfast.kmeans.functional.draws import child, seed_of
+from rsfast.kmeans.functional.plain import plain
 
 
 class KMeans(Estimator):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import Impl
-from rsfast.kmeans.estimators.base import Estimator, plain
+from rsfast.kmeans.estimators.base import Estimator
 from rsfast.kmeans.estimators.inputs import Given, rows, sample_weights, taken
 from rsfast.kmeans.estimators.sizes import Sizes
 from rsfast.kmeans.estimators.start import Start, check_int, check_real, tolerance
@@ -14,6 +14,7 @@ from rsfast.kmeans.functional import minibatch, minibatch_step
 from rsfast.kmeans.functional.checks import Precision, check_precision
 from rsfast.kmeans.functional.draws import child, seed_of, shuffled
 from rsfast.kmeans.functional.loop import distances_to, total
+from rsfast.kmeans.functional.plain import plain
 
 STATE = {  # of a stream
     "centers": "cluster_centers_", "counts": "counts_", "subsidies": "subsidies_", "n_steps": "n_steps_",

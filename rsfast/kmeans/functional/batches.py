@@ -11,6 +11,7 @@ from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
 from rsfast.kmeans.functional.draws import Weighted, rows_of, uniforms
 from rsfast.kmeans.functional.loop import one_launch, patience, total
+from rsfast.kmeans.functional.plain import plain
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_update
 
 STEPS_AT_ONCE = 64  # of one launch, after which it is asked whether they were enough
@@ -33,6 +34,7 @@ class BatchStep(NamedTuple):
     inertia: Tensor  # () float64
 
 
+@plain
 def minibatch_step(
     batch: Tensor,  # (B, D)
     centers: Tensor,  # (K, D)
@@ -98,6 +100,7 @@ def minibatch_step(
     return BatchStep(centers, torch.where(poor, least, counts), total(distances, weights))
 
 
+@plain
 def minibatch(
     x: Tensor,  # (N, D)
     centers: Tensor,  # (K, D)

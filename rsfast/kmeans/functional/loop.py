@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from rsfast._dispatch import Impl, use_fused
+from rsfast.kmeans import reference
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision
+from rsfast.kmeans.functional.plain import plain
 from rsfast.kmeans.functional.steps import kmeans_assign, kmeans_step, kmeans_update
 
 _RUNNING, _DONE, _EMPTY = range(3)
@@ -29,6 +31,7 @@ class Lloyd(NamedTuple):
     n_iter: Tensor  # () int64
 
 
+@plain
 def lloyd(
     x: Tensor,  # (N, D)
     centers: Tensor,  # (K, D)
@@ -91,13 +94,18 @@ def lloyd(
     loop = _Loop(x, centers, tol)
     look, steps = 1, 0
     exact = checks.check_precision(precision)
-    whole = label is None and weights is None and use_fused(impl, checks.why_not_fused(x)) and one_launch(x, centers)
+    fused = use_fused(impl, checks.why_not_fused(x))
+    whole = label is None and weights is None and fused and one_launch(x, centers)
+    norms = None if fused or label is not None else reference.row_norms(x)
     while steps < max_iter:
         if whole:
             loop.run(x, max_iter - steps, exact)
         for _ in range(0 if whole else min(look, max_iter - steps)):
             if label is None:
-                step = kmeans_step(x, loop.centers, weights=weights, **options)
+                if fused:
+                    step = kmeans_step(x, loop.centers, weights=weights, **options)
+                else:
+                    step = reference.kmeans_step(x, loop.centers, weights, None, exact, norms)
                 loop.advance(step.labels, step.sums, step.counts)
             else:
                 labels = label(loop.centers)

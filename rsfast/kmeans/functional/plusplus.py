@@ -9,6 +9,7 @@ from rsfast._dispatch import Impl
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import why_not_fused as why_not_fused  # `rsfast info` asks for it here
 from rsfast.kmeans.functional.draws import Weighted, child, seed_of, uniforms
+from rsfast.kmeans.functional.plain import plain
 from rsfast.kmeans.functional.steps import kmeans_assign
 
 
@@ -19,6 +20,7 @@ class Seeds(NamedTuple):
     indices: Tensor  # (K,) int64
 
 
+@plain
 def kmeans_plusplus(
     x: Tensor,  # (N, D)
     n_clusters: int,

@@ -6,9 +6,11 @@ from rsfast._dispatch import Impl, use_fused
 from rsfast.kmeans import reference
 from rsfast.kmeans.functional import checks
 from rsfast.kmeans.functional.checks import Precision, why_not_fused
+from rsfast.kmeans.functional.plain import plain
 from rsfast.kmeans.reference import Assignment, Step, Update
 
 
+@plain
 def kmeans_assign(
     x: Tensor,  # (N, D)
     centers: Tensor,  # (K, D)
@@ -57,6 +59,7 @@ def kmeans_assign(
     return reference.kmeans_assign(x, centers, subsidies, exact)
 
 
+@plain
 def kmeans_update(
     x: Tensor,  # (N, D)
     labels: Tensor,  # (N,)
@@ -101,6 +104,7 @@ def kmeans_update(
     return reference.kmeans_update(x, labels, n_clusters, weights)
 
 
+@plain
 def kmeans_step(
     x: Tensor,  # (N, D)
     centers: Tensor,  # (K, D)
@@ -125,7 +129,8 @@ def kmeans_step(
     Returns:
         ``labels`` and ``sums``, ``counts`` as the two functions return them, and ``inertia``, the weighted sum of
         squared distances to the centres given, a float64 number; it is a difference of sums over all rows, with an
-        error of about 1e-6 of the rows' squared norms. ``kmeans_assign(...).distances`` has more digits.
+        error of about 1e-6 of the rows' squared norms, and infinite where those pass fp32's range (rows longer than
+        1.8e19). ``kmeans_assign(...).distances`` has more digits.
 
     Raises:
         ValueError: A shape, dtype, device or value does not fit; the message names the argument.
@@ -149,6 +154,7 @@ def kmeans_step(
     return reference.kmeans_step(x, centers, weights, subsidies, exact)
 
 
+@plain
 def kmeans_distances(
     x: Tensor,  # (N, D)
     centers: Tensor,  # (K, D)
@@ -169,7 +175,8 @@ def kmeans_distances(
         ValueError: A shape, dtype or device does not fit; the message names the argument.
         NotImplementedError: ``impl="fused"`` and the kernels cannot run; every reason is listed.
 
-    Precision: about that of fp32 products. Deterministic: yes.
+    Precision: about that of fp32 products of the offsets from the mean centre; plain PyTorch takes what cancels in them
+    from differences, so that a row on its centre is at distance 0. Deterministic: yes.
 
     Example:
         >>> import torch, rsfast
