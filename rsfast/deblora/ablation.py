@@ -17,6 +17,7 @@ SWEEPS = {  # the paper's ranks and clusterers; alpha 1 moves nothing
     "rank": (8, 16, 32, 64),
     "alpha": ("auto", 1.0, 0.75, 0.5, 0.25, 0.0),
     "clusterer": ("kmeans", "minibatch", "dbscan", "hdbscan"),
+    "center": ("debiased", "class-mean", "global-mean"),
     "target_set": ("balanced", "all", "tail"),
 }
 RESULTS = "ablations.json"

@@ -57,6 +57,8 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--rho", "balance: a cluster has at least N / (K rho) rows; 'none': no constraint", type=_number_or_none)
     add("--clusterer", "what finds the clusters", choices=("kmeans", "minibatch", "dbscan", "hdbscan"))
     add("--alpha", "'auto', min(1, 10 / imbalance of the class), or a number", type=_number_or_auto)
+    add("--center", "what tail features are moved to; the means are controls",
+        choices=("debiased", "class-mean", "global-mean"))  # fmt: skip
     add("--target-set", "rows that the LoRA is learned on", choices=("all", "balanced", "tail"))
     add("--imbalance", "training rows are drawn with so many times more of the largest class; 100 for the digits",
         type=float)  # fmt: skip
@@ -64,11 +66,12 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--f1-style", "of groups: classes' means, or as debLoRA's code", choices=("strict", "deblora"))
     add("--rank", "of LoRA", type=int)
     add("--lora-alpha", "LoRA is scaled by this over the rank", type=float)
-    add("--epochs", "of training with labels", type=int)
-    add("--deblora-epochs", "of learning towards calibrated features", type=int)
-    add("--lr", "peak learning rate; 1e-3 for maps of features and 1e-4 for backbones if not given", type=float)
+    add("--epochs", "of training with labels; 30 on features and 10 on images if not given", type=int)
+    add("--lr", "its peak learning rate; 1e-3 and 1e-4 if not given, a tenth for fine-tuning", type=float)
+    add("--deblora-epochs", "of learning towards calibrated features; 60 and 10 if not given", type=int)
+    add("--deblora-lr", "its peak learning rate; 3e-3 and 1e-4 if not given", type=float)
     add("--weight-decay", "of training", type=float)
-    add("--batch-size", "rows a step; 256 features or 64 images if not given", type=int)
+    add("--batch-size", "rows a step; 128 features or 64 images if not given", type=int)
     add("--probe", "classifier of the features", choices=("linear", "logistic", "knn"))
     add("--val-share", "of training rows, to choose the probe's settings on", type=float)
     add("--test-share", "of all rows, where the data name no test rows", type=float)

@@ -30,6 +30,8 @@ class RunConfig:
         rho: Balance of clusters, n_k >= N / (K rho); 2 since the paper's value is unknown to us. None: no constraint.
         clusterer: ``kmeans``, ``minibatch``, ``dbscan`` or ``hdbscan``.
         alpha: ``"auto"`` is the paper's min(1, 10 / ir_c), or one number for all tail classes.
+        center: What tail features are moved to: ``"debiased"`` centres; or, to see what these do, the ``"class-mean"``
+            or the ``"global-mean"`` of the training features.
         target_set: What the LoRA is learned on: ``"all"`` training rows, as the paper's equation 4 reads, of which the
             head's targets are the features themselves; ``"balanced"``: all, each class with the same weight in total;
             ``"tail"``: rows of the classes that are moved.
@@ -39,11 +41,12 @@ class RunConfig:
         f1_style: As in :func:`grouped_f1`.
         rank: Of LoRA.
         lora_alpha: LoRA is scaled by ``lora_alpha / rank``.
-        epochs: Of training with labels.
-        deblora_epochs: Of training towards calibrated features.
-        lr: Peak learning rate of both. None: 1e-3 for maps on features, 1e-4 for backbones.
+        epochs: Of training with labels. None: 30 on features, 10 on images.
+        lr: Peak learning rate of that. None: 1e-3 on features, 1e-4 on images, a tenth for fine-tuning.
+        deblora_epochs: Of learning towards calibrated features. None: 60 on features, 10 on images.
+        deblora_lr: Peak learning rate of that. None: 3e-3 on features, 1e-4 on images.
         weight_decay: Of both.
-        batch_size: Rows a step. None: 256 features, 64 images.
+        batch_size: Rows a step. None: 128 features, 64 images.
         probe: ``linear`` (the authors'), ``logistic`` or ``knn``.
         val_share: Share of each class's training rows on which the probe's settings are chosen, as :func:`hold_out`
             draws them, where the data have no validation rows of their own. 0: none.
@@ -66,15 +69,17 @@ class RunConfig:
     rho: float | None = 2.0
     clusterer: Clusterer = "kmeans"
     alpha: str | float = "auto"
+    center: Literal["debiased", "class-mean", "global-mean"] = "debiased"
     target_set: Literal["all", "balanced", "tail"] = "balanced"
     imbalance: float | None = None
     groups: Literal["auto", "dota"] = "auto"
     f1_style: Literal["strict", "deblora"] = "strict"
     rank: int = 8
     lora_alpha: float = 8.0
-    epochs: int = 10
-    deblora_epochs: int = 10
+    epochs: int | None = None
     lr: float | None = None
+    deblora_epochs: int | None = None
+    deblora_lr: float | None = None
     weight_decay: float = 0.01
     batch_size: int | None = None
     probe: Literal["linear", "logistic", "knn"] = "logistic"
@@ -98,7 +103,7 @@ class RunConfig:
             raise ValueError(f"seeds must differ from each other, got {self.seeds!r}")
         for name in ("clusters", "rank", "epochs", "deblora_epochs", "batch_size"):
             value = getattr(self, name)
-            if value is None and name == "batch_size":
+            if value is None and name not in ("clusters", "rank"):
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -106,7 +111,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
-        for name in ("lora_alpha", "lr"):
+        for name in ("lora_alpha", "lr", "deblora_lr"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -120,6 +125,7 @@ class RunConfig:
             raise ValueError(f"test_share must be between 0 and 1, got {self.test_share!r}")
         for name, choices in (
             ("clusterer", ("kmeans", "minibatch", "dbscan", "hdbscan")),
+            ("center", ("debiased", "class-mean", "global-mean")),
             ("target_set", ("all", "balanced", "tail")),
             ("groups", ("auto", "dota")),
             ("f1_style", ("strict", "deblora")),

@@ -1,5 +1,6 @@
 """One method under one seed: rows drawn, an encoder trained, features de-biased, probed and measured."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -71,8 +72,14 @@ def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: in
     clusters = cluster_features(
         features, config.clusters, rho=config.rho, method=config.clusterer, seed=seed, device=config.place()
     )
-    mu = debiased_centers(features, labels, clusters.assignments, clusters.centers)
     counts = np.bincount(labels)
+    if config.center == "debiased":
+        mu = debiased_centers(features, labels, clusters.assignments, clusters.centers)
+    else:
+        groups = labels if config.center == "class-mean" else np.zeros_like(labels)
+        means = np.stack([features[groups == g].mean(0) for g in np.unique(groups)])
+        mu = np.broadcast_to(means[0], (len(counts), features.shape[1])).copy()
+        mu[np.unique(groups)] = means
     moved = np.flatnonzero((counts > 0) & (10 * counts < counts.max())).tolist()
     return Debiased(clusters, mu, calibrate(features, labels, mu, config.alpha), sorted(moved, key=lambda c: counts[c]))
 
@@ -124,16 +131,12 @@ class _Adaptation:
     """An encoder on its way; None stands for the frozen one, whose features are at hand."""
 
     def __init__(self, task: Task, method: Method, config: RunConfig, seed: int, work: Path, progress: bool):
-        self.task, self.method, self.config, self.seed, self.work = task, method, config, seed, work
+        self.task, self.method, self.seed, self.work = task, method, seed, work
+        given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+        self.config = config = dataclasses.replace(config, **{**task.defaults._asdict(), **given})
         self.encoder: nn.Module | None = None
-        precision = config.precision or ("bf16" if config.place().startswith("cuda") and task.autocast else "fp32")
-        self.place = dict(device=config.place(), precision=precision, progress=progress)
-        self.options = self.place | dict(
-            batch_size=config.batch_size or task.batch_size,
-            lr=config.lr or task.lr,
-            weight_decay=config.weight_decay,
-            seed=seed,
-        )
+        self.place = dict(device=config.place(), precision=config.precision, progress=progress)
+        self.options = self.place | dict(batch_size=config.batch_size, weight_decay=config.weight_decay, seed=seed)
 
     def by_classes(self, rows: np.ndarray, labels: np.ndarray) -> None:
         """What is trained with labels."""
@@ -145,7 +148,8 @@ class _Adaptation:
         learn_classes(
             self.encoder, head, self.task.inputs(rows), labels, loss=self.method.loss,
             counts=np.bincount(labels, minlength=classes), epochs=self.config.epochs,
-            checkpoint=self.work / "classes.pt", **self.options,
+            lr=self.config.lr / (10 if self.method.trained == "full" else 1), checkpoint=self.work / "classes.pt",
+            **self.options,
         )  # fmt: skip
 
     def towards_calibrated(self, rows: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -155,8 +159,9 @@ class _Adaptation:
         self.encoder = self.task.with_lora(self.encoder or self.task.encoder(None), self.method.trained)
         learn_towards(
             self.encoder, self.task.inputs(rows), found.calibrated,
-            weights=_weights(labels, found.tail, self.config.target_set), epochs=self.config.deblora_epochs,
-            checkpoint=self.work / "towards.pt", **self.options,
+            weights=_weights(labels, found.tail, self.config.target_set),
+            epochs=self.config.deblora_epochs, lr=self.config.deblora_lr, checkpoint=self.work / "towards.pt",
+            **self.options,
         )  # fmt: skip
         return _picture(before, labels, found, self.seed)
 

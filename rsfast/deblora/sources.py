@@ -10,7 +10,7 @@ from rsfast.deblora.config import RunConfig
 from rsfast.deblora.features_file import LabelledFeatures, digits, load_features
 from rsfast.deblora.loading import load_labelled
 from rsfast.deblora.store import FeatureStore
-from rsfast.deblora.tasks import FeatureTask, ImageTask, Task
+from rsfast.deblora.tasks import IMAGES, FeatureTask, ImageTask, Task
 
 FEATURES = "features"  # of images, in the folder of results
 DIGITS_IMBALANCE = 100.0
@@ -72,7 +72,7 @@ def _images(config: RunConfig, progress: bool) -> ImageTask:
     encoder, transform = image_encoder(model)
     store = extract_features(
         model, dataset, Path(config.out) / FEATURES, workers=config.workers,
-        batch_size=config.batch_size or ImageTask.batch_size,
+        batch_size=config.batch_size or IMAGES,
         device=config.place(), precision=config.precision, progress=progress,
     )  # fmt: skip
     kept = np.setdiff1d(np.arange(len(dataset)), [left.index for left in store.left_out])

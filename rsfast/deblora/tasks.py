@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,20 @@ from rsfast.models import add_lora, set_adapter_ids
 TARGETS = ("q", "k", "v", "out")  # of a backbone's LoRA: the attention's maps, as the authors have it
 
 
+IMAGES = 64  # a step
+
+
+class Defaults(NamedTuple):
+    """What settings that are None stand for, where features or images are trained on."""
+
+    epochs: int
+    lr: float  # a tenth where all weights are trained
+    deblora_epochs: int
+    deblora_lr: float
+    batch_size: int
+    precision: str
+
+
 class Task(Protocol):
     """Rows with labels, and encoders that make features of them.
 
@@ -27,9 +41,7 @@ class Task(Protocol):
         is_val: (N,) bool.
         classes: Names of the classes.
         source: Named in messages.
-        lr: Peak learning rate where none is asked for.
-        batch_size: Rows a step where none is asked for.
-        autocast: Whether training on a GPU is in bf16 where no precision is asked for.
+        defaults: What settings that are None stand for.
     """
 
     frozen: np.ndarray
@@ -38,9 +50,7 @@ class Task(Protocol):
     is_val: np.ndarray
     classes: Sequence[str]
     source: str
-    lr: float
-    batch_size: int
-    autocast: bool
+    defaults: Defaults
 
     def inputs(self, rows: np.ndarray):
         """What an encoder takes for some rows."""
@@ -55,7 +65,7 @@ class Task(Protocol):
 class FeatureTask:
     """Stored features, and maps of them."""
 
-    lr, batch_size, autocast = 1e-3, 256, False
+    defaults = Defaults(30, 1e-3, 60, 3e-3, 128, "fp32")
 
     def __init__(self, data: LabelledFeatures, config: RunConfig, is_val: np.ndarray | None = None):
         self.frozen, self.labels, self.is_test = data.features, data.labels, data.is_test
@@ -85,8 +95,6 @@ class FeatureTask:
 class ImageTask:
     """Images and a backbone, which is copied for every method."""
 
-    lr, batch_size, autocast = 1e-4, 64, True
-
     def __init__(self, features: "FeatureTask", dataset, backbone: nn.Module, transform, config: RunConfig):
         self.frozen, self.labels, self.is_test = features.frozen, features.labels, features.is_test
         self.is_val, self.classes, self.source, self.dataset = (
@@ -96,6 +104,7 @@ class ImageTask:
             dataset,
         )
         self.backbone, self.transform, self.workers = backbone, transform, config.workers
+        self.defaults = Defaults(10, 1e-4, 10, 1e-4, IMAGES, "bf16" if config.place().startswith("cuda") else "fp32")
         self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=getattr(backbone, "lora_targets", TARGETS))
 
     def inputs(self, rows: np.ndarray) -> ImageInputs:
