@@ -97,6 +97,15 @@ def test_broken_images_are_left_out_of_all(scene):
     assert [task.dataset.name(i) for i in range(47)] == store.names
 
 
+def test_images_without_a_test_part_are_refused_before_they_are_encoded(scene):
+    (scene / "images" / "test").rename(scene / "away")
+    with pytest.raises(ValueError, match="names no test rows: its splits are train; test_share draws some"):
+        opened(settings(scene))
+    assert not (scene / "run").exists()
+    _, task = opened(settings(scene, test_share=0.25))
+    assert np.bincount(task.labels[task.is_test]).tolist() == [3, 3, 3]
+
+
 def test_models_that_are_not_there(scene, capsys):
     with pytest.raises(ValueError, match="neither knows 'resnet-9000'"):
         backbone("resnet-9000", None)

@@ -145,13 +145,18 @@ def _model(method: str, rows: Rows, n_clusters, rho, seed, max_iter, batch_size,
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
-    if n_clusters > len(rows):
-        raise ValueError(f"n_clusters must be at most the number of rows, {len(rows)}, got {n_clusters}")
-    size_bounds(len(rows), n_clusters, rho=rho)  # refuses what cannot be met
+    check_clusters(len(rows), n_clusters, rho)
     if method == "kmeans":
         return rsfast.KMeans(n_clusters, rho=rho, random_state=seed, max_iter=max_iter or 300)
     options = dict(rho=rho, random_state=seed, max_iter=max_iter or 100, batch_size=batch_size)
     return rsfast.MiniBatchKMeans(n_clusters, **options)
+
+
+def check_clusters(rows: int, n_clusters: int, rho: float | None) -> None:
+    """Refuse k-means with more clusters than rows, or a ``rho`` that cannot be met."""
+    if n_clusters > rows:
+        raise ValueError(f"n_clusters must be at most the number of rows, {rows}, got {n_clusters}")
+    size_bounds(rows, n_clusters, rho=rho)
 
 
 def _by_density(rows: Rows, method, seed, standardize, n_components, eps, min_samples, **sizes) -> Clusters:

@@ -68,6 +68,8 @@ def _images(config: RunConfig, progress: bool) -> ImageTask:
     from rsfast.deblora.extraction import extract_features
 
     dataset = load_labelled(config.images, config.image_root, format=config.image_format)
+    splits = [split or "" for split in dataset.splits or [""] * len(dataset)]
+    _parts(np.array(splits), dataset.labels, config.test_share, config.images)  # refuses before hours of extraction
     model = backbone(config.model, config.pretrained)
     encoder, transform = image_encoder(model)
     store = extract_features(

@@ -15,8 +15,6 @@ from rsfast.deblora.maps import ClassMaps, FullMap, LowRankMap
 from rsfast.models import add_lora, set_adapter_ids
 
 TARGETS = ("q", "k", "v", "out")  # of a backbone's LoRA: the attention's maps, as the authors have it
-
-
 IMAGES = 64  # a step
 
 
@@ -32,7 +30,7 @@ class Defaults(NamedTuple):
 
 
 class Task(Protocol):
-    """Rows with labels, and encoders that make features of them.
+    """Rows with labels, and encoders that make features of them by the settings of a config.
 
     Attributes:
         frozen: (N, D) features without any adaptation.
@@ -51,6 +49,9 @@ class Task(Protocol):
     classes: Sequence[str]
     source: str
     defaults: Defaults
+
+    def under(self, config: RunConfig) -> "Task":
+        """The same rows, and encoders by other settings."""
 
     def inputs(self, rows: np.ndarray):
         """What an encoder takes for some rows."""
@@ -72,12 +73,20 @@ class FeatureTask:
         self.is_val = np.zeros_like(self.is_test) if is_val is None else is_val
         self.classes, self.source = data.classes, data.source
         self.dim = self.frozen.shape[1]
+        self._take(config)
+
+    def under(self, config: RunConfig) -> "FeatureTask":
+        other = copy.copy(self)
+        other._take(config)
+        return other
+
+    def _take(self, config: RunConfig) -> None:
         if config.rank > self.dim:
             raise ValueError(f"rank must be at most {self.dim}, the width of the features; got {config.rank}")
         self.lora = dict(r=config.rank, alpha=config.lora_alpha)
 
     def inputs(self, rows: np.ndarray) -> FeatureInputs:
-        return FeatureInputs(self.frozen[rows])
+        return FeatureInputs(np.asarray(self.frozen[rows], dtype=np.float32))  # maps are fp32
 
     def encoder(self, trained: str | None) -> nn.Module:
         if trained == "full":
@@ -97,15 +106,20 @@ class ImageTask:
 
     def __init__(self, features: "FeatureTask", dataset, backbone: nn.Module, transform, config: RunConfig):
         self.frozen, self.labels, self.is_test = features.frozen, features.labels, features.is_test
-        self.is_val, self.classes, self.source, self.dataset = (
-            features.is_val,
-            features.classes,
-            features.source,
-            dataset,
-        )
-        self.backbone, self.transform, self.workers = backbone, transform, config.workers
+        self.is_val, self.classes, self.source = features.is_val, features.classes, features.source
+        self.dataset, self.backbone, self.transform = dataset, backbone, transform
+        self._take(config)
+
+    def under(self, config: RunConfig) -> "ImageTask":
+        other = copy.copy(self)
+        other._take(config)
+        return other
+
+    def _take(self, config: RunConfig) -> None:
+        self.workers = config.workers
         self.defaults = Defaults(10, 1e-4, 10, 1e-4, IMAGES, "bf16" if config.place().startswith("cuda") else "fp32")
-        self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=getattr(backbone, "lora_targets", TARGETS))
+        targets = getattr(self.backbone, "lora_targets", TARGETS)
+        self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=targets)
 
     def inputs(self, rows: np.ndarray) -> ImageInputs:
         return ImageInputs(self.dataset.subset(rows), self.transform, self.workers)
