@@ -126,16 +126,33 @@ def test_weights_of_target_sets():
     np.testing.assert_allclose(_weights(labels, [1], "balanced"), [2 / 3, 2 / 3, 2 / 3, 2])
 
 
+@pytest.mark.filterwarnings("ignore:.*is left out")
 def test_ablations_vary_one_setting_at_a_time(tmp_path):
     settings = config(tmp_path, method="deblora", seeds=(0,))
-    found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
+    with pytest.warns(UserWarning, match="clusters=64 is left out: n_clusters must be at most the number of rows, 49"):
+        found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
     names = [row["setting"] for row in found.rows]
     assert names[:2] == ["clusters=8", "clusters=16"] and "clusters=64" not in names  # fewer rows than that
     assert "alpha=auto" in names and not any(name.startswith("rank") for name in names)  # all above the width
     assert json.loads((tmp_path / "run" / "ablations.json").read_text())["rows"] == found.rows
-    assert ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"]).rows == found.rows
+    with pytest.warns(UserWarning, match="rank=8 is left out: rank must be at most 6"):
+        assert ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"]).rows == found.rows
     with pytest.raises(ValueError, match="sweep must be of .* got 'lr'"):
         ablate(settings, task(settings), sweeps=["lr"])
+
+
+def test_ablations_leave_out_what_the_data_cannot_have(tmp_path):
+    settings = config(tmp_path, method="zero-shot,calibrate", seeds=(0,))
+    with pytest.warns(UserWarning) as told:
+        found = ablate(settings, task(settings), sweeps=["rho", "clusterer"])
+    names = dict.fromkeys(row["setting"] for row in found.rows)
+    assert list(names) == [
+        "rho=none", "rho=1.25", "rho=2.0", "rho=4.0", "clusterer=kmeans", "clusterer=minibatch", "clusterer=dbscan",
+    ]  # fmt: skip
+    assert [str(one.message).split(":")[0] for one in told] == ["rho=1.0 is left out", "clusterer=hdbscan is left out"]
+    assert "rows are noise" in str(told[1].message)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="can have none of the values; rank=8 is left out"):
+        ablate(settings, task(settings), sweeps=["rank"])
 
 
 def test_ablations_of_the_rank_change_the_rank(tmp_path, monkeypatch):

@@ -19,6 +19,10 @@ Method = Literal["auto", "kmeans", "minibatch", "dbscan", "hdbscan"]
 METHODS = ("auto", "kmeans", "minibatch", "dbscan", "hdbscan")
 
 
+class NoClusterError(ValueError):
+    """A density method took all rows for noise."""
+
+
 def cluster_features(
     features: Any,  # (N, D)
     n_clusters: int = 32,
@@ -77,7 +81,7 @@ def cluster_features(
         FileNotFoundError: The folder of ``checkpoint`` is not there.
         TypeError, ValueError: An argument does not fit, rows are NaN or infinite (named by index), there are fewer rows
             than K, ``rho`` cannot be met (the bound is stated), rows on disk are too large for the method asked for, a
-            density method found noise alone, or a checkpoint is damaged or of something else.
+            density method found noise alone (:class:`NoClusterError`), or a checkpoint is damaged or of something else.
 
     Precision: that of :class:`rsfast.KMeans`; standardised rows are fp32 (fp64 of fp64). Deterministic: yes, bit for
     bit. Source: debLoRA (arXiv 2410.04546), equation 1.
@@ -173,7 +177,7 @@ def _by_density(rows: Rows, method, seed, standardize, n_components, eps, min_sa
         found, settings = density.hdbscan(seen, **sizes), settings | sizes
     labels = torch.from_numpy(found).long()
     if labels.max() < 0:
-        raise ValueError(f"method={method!r} found no cluster, all {len(rows)} rows are noise, with {settings}")
+        raise NoClusterError(f"method={method!r} found no cluster, all {len(rows)} rows are noise, with {settings}")
     sums, counts = rsfast.kmeans_update(x, labels, int(labels.max()) + 1)
     return _clusters(rows, (sums.double() / counts[:, None]).to(sums), labels, method, None, settings)
 

@@ -12,7 +12,7 @@ import numpy as np
 from rsfast._files import replace, write_json
 from rsfast.deblora.clustering import check_clusters
 from rsfast.deblora.config import RunConfig
-from rsfast.deblora.experiment import compute, split_rows
+from rsfast.deblora.experiment import Split, compute, split_rows
 from rsfast.deblora.figures import draw_by_class, draw_calibration
 from rsfast.deblora.methods import parse_methods
 from rsfast.deblora.sources import opened
@@ -77,12 +77,9 @@ def run(
     config.place()
     if task is None:
         config, task = opened(config, progress=progress)
-    task, settings = task.under(config), _settings(config, task)
+    settings = _settings(config, task)
     _refuse_others(out, _earlier(out / RESULTS), settings)
-    splits = {seed: split_rows(task, config, seed) for seed in config.seeds}
-    if any(method.step for method in methods) and config.clusterer in ("kmeans", "minibatch"):
-        for split in splits.values():  # now, and not when other methods have been trained
-            check_clusters(len(split.fit), config.clusters, config.rho)
+    task, splits = prepared(config, task)  # fails now, and not when other methods have been trained
     (out / WORK).mkdir(parents=True, exist_ok=True)
     lock = WriterLock(out / WORK)
     try:
@@ -93,6 +90,15 @@ def run(
     finally:
         lock.release()
     return _shown(out, rows, by_class, task, methods, config, embedding)
+
+
+def prepared(config: RunConfig, task: Task) -> tuple[Task, dict[int, Split]]:
+    """The task under the settings, and each seed's rows; ValueError where these cannot have such settings."""
+    task, splits = task.under(config), {seed: split_rows(task, config, seed) for seed in config.seeds}
+    if any(method.step for method in parse_methods(config.method)) and config.clusterer in ("kmeans", "minibatch"):
+        for split in splits.values():
+            check_clusters(len(split.fit), config.clusters, config.rho)
+    return task, splits
 
 
 def _computed(out, known, task, splits, methods, config, settings, report, progress) -> tuple[list, list]:
