@@ -103,6 +103,7 @@ def cluster_features(
     if method in ("dbscan", "hdbscan"):
         options = dict(n_components=n_components, eps=eps, min_samples=min_samples)
         options |= dict(min_cluster_size=min_cluster_size, max_cluster_size=max_cluster_size)
+        density.check((len(rows), rows.dim), **options)
         rows.check()
         return _by_density(rows, method, seed, standardize, **options)
     model = _model(method, rows, **settings)
