@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rsfast import cli
-from rsfast.deblora import FeatureStore, RunConfig, run
+from rsfast.deblora import FeatureStore, RunConfig, experiment, run
 from rsfast.deblora.sources import backbone, opened
 from rsfast.models import lora_layers
 
@@ -51,6 +51,18 @@ def test_every_method_on_images(scene):
     store = FeatureStore(scene / "run" / "features")
     assert len(store) == 48 and store.dim == 8
     assert by_name["zero-shot"]["mean"] > 50  # colours are easy
+
+
+def test_images_are_encoded_a_few_at_a_time(scene, monkeypatch):
+    seen, encode = [], experiment.encode
+
+    def few(*args, batch_size, **options):
+        seen.append(batch_size)
+        return encode(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(experiment, "encode", few)
+    run(settings(scene, method="lora"))
+    assert seen == [8, 8, 8]  # training, validation and test images
 
 
 def test_lora_is_in_the_backbone_and_nothing_else_learns(scene):

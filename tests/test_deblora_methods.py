@@ -42,7 +42,8 @@ def test_unknown_methods_are_refused(names):
     [
         (dict(features="a.npz", images="b"), "exclude"),
         (dict(images="b"), "images need a model"),
-        (dict(model="ViT-B-32"), "model and pretrained are for images"),
+        (dict(model="ViT-B-32"), "model is for images"),
+        (dict(image_root="b", features="a.npz"), "image_root is for images"),
         (dict(seeds=()), "seeds must be"),
         (dict(seeds=(0, 0)), "seeds must differ"),
         (dict(seeds=(-1,)), "seeds must be"),

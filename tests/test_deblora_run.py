@@ -261,6 +261,18 @@ def test_features_from_a_file_a_store_and_nowhere(tmp_path):
     assert settings.imbalance == 100 and digits.frozen.shape[1] == 64
 
 
+def test_a_damaged_store_is_refused(tmp_path):
+    data = blobs()
+    with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:
+        store.append(data.features, data.labels, splits=np.where(data.is_test, "test", "train").tolist())
+    content = bytearray((tmp_path / "store" / "features.bin").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "store" / "features.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="store is damaged: features.bin, rows 0 to 239"):
+        run(config(tmp_path, features=str(tmp_path / "store")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_test_rows_can_be_drawn(tmp_path):
     data = blobs()
     with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:
@@ -271,7 +283,7 @@ def test_test_rows_can_be_drawn(tmp_path):
     assert np.bincount(found.labels[found.is_test]).tolist() == [15] * 4
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     data = blobs()
     path = tmp_path / "f.npz"
     np.savez(path, features=data.features, label=data.labels, is_test=data.is_test, classes=data.classes)
@@ -289,5 +301,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["deblora", "run", "--features", str(tmp_path / "no.npz"), "--out", str(tmp_path / "b")]) == 2
     assert "no.npz" in capsys.readouterr().err and not (tmp_path / "b").exists()
     ablation = ["deblora", "ablate", *arguments[2:], "--out", str(tmp_path / "c"), "--sweep", "target_set"]
-    assert cli.main(ablation) == 0
+    drawn = []
+    monkeypatch.setattr(running, "draw_calibration", lambda *_, embedding, **__: drawn.append(embedding))
+    assert cli.main([*ablation, "--embedding", "tsne"]) == 0 and drawn == ["tsne"] * 3
     assert "target_set=tail" in capsys.readouterr().out

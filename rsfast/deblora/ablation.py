@@ -31,6 +31,7 @@ def ablate(
     sweeps: Sequence[str] | None = None,
     report: Callable[[dict], None] | None = None,
     progress: bool = False,
+    embedding: str = "pca",
 ) -> RunResult:
     """:func:`run` with one setting changed at a time; all others are those of ``config``.
 
@@ -42,6 +43,7 @@ def ablate(
             a warning says so.
         report: Called with each row, which has ``setting`` too.
         progress: Show bars.
+        embedding: As in :func:`run`.
 
     Returns:
         As :func:`run`, each row with ``setting``, ``name=value``.
@@ -59,7 +61,7 @@ def ablate(
         for value in SWEEPS[name]:
             setting = f"{name}={'none' if value is None else value}"
             one = dataclasses.replace(config, **{name: value}, out=str(out / setting))
-            found, reason = _one(one, task, setting, report, progress)
+            found, reason = _one(one, task, setting, report, dict(progress=progress, embedding=embedding))
             if found is None:
                 reasons.append(f"{setting} is left out: {reason}")
                 warnings.warn(reasons[-1], stacklevel=2)
@@ -72,7 +74,7 @@ def ablate(
     return RunResult(rows, by_class, [out / RESULTS])
 
 
-def _one(config: RunConfig, task: Task, setting: str, report, progress: bool) -> tuple[RunResult | None, str]:
+def _one(config: RunConfig, task: Task, setting: str, report, shown: dict) -> tuple[RunResult | None, str]:
     """A run, or why there cannot be one."""
 
     def tell(row: dict) -> None:
@@ -84,6 +86,6 @@ def _one(config: RunConfig, task: Task, setting: str, report, progress: bool) ->
     except ValueError as error:
         return None, str(error)
     try:
-        return run(config, task, report=tell, progress=progress), ""
+        return run(config, task, report=tell, **shown), ""
     except NoClusterError as error:
         return None, str(error)

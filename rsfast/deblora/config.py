@@ -96,8 +96,9 @@ class RunConfig:
             raise ValueError("features and images exclude each other: give one of them")
         if self.images is not None and self.model is None:
             raise ValueError("images need a model: open_clip's name or timm's")
-        if self.images is None and (self.model is not None or self.pretrained is not None):
-            raise ValueError("model and pretrained are for images; features come from where they were extracted")
+        for name in ("model", "pretrained", "image_root"):
+            if self.images is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for images, which are not given; features need none")
         if not self.seeds or any(type(seed) is not int or seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be integers of at least 0, one or more, got {self.seeds!r}")
         if len(set(self.seeds)) < len(self.seeds):

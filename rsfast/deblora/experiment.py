@@ -173,7 +173,7 @@ class _Adaptation:
             return np.asarray(self.task.frozen[rows], dtype=np.float32)
         if not len(rows):
             return np.empty((0, self.task.frozen.shape[1]), dtype=np.float32)
-        return encode(self.encoder, self.task.inputs(rows), **self.place)
+        return encode(self.encoder, self.task.inputs(rows), batch_size=self.task.at_once, **self.place)
 
 
 def _weights(labels: np.ndarray, tail: list[int], target_set: str) -> np.ndarray | None:

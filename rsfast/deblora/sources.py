@@ -20,7 +20,8 @@ def opened(config: RunConfig, *, progress: bool = False) -> tuple[RunConfig, Tas
     """What ``config`` names, and the settings that it stands for.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: A file, folder, model or part is not there or does not fit.
+        FileNotFoundError, ValueError, TypeError: A file, folder, model or part is not there or does not fit, or a
+            store is damaged.
     """
     if config.images is not None:
         return config, _images(config, progress)
@@ -37,6 +38,7 @@ def stored_task(store: FeatureStore, config: RunConfig, source: str) -> FeatureT
     if store.classes is None or not len(store):
         lacking = "classes" if len(store) else "rows"
         raise ValueError(f"{source} must hold features of named classes, it has no {lacking}")
+    store.verify()
     unknown = np.flatnonzero(store.labels < 0)
     if len(unknown):
         raise ValueError(f"{source}: every row needs a label, {store.names[unknown[0]]!r} has none")

@@ -40,6 +40,7 @@ class Task(Protocol):
         classes: Names of the classes.
         source: Named in messages.
         defaults: What settings that are None stand for.
+        at_once: Rows that are encoded together.
     """
 
     frozen: np.ndarray
@@ -49,6 +50,7 @@ class Task(Protocol):
     classes: Sequence[str]
     source: str
     defaults: Defaults
+    at_once: int
 
     def under(self, config: RunConfig) -> "Task":
         """The same rows, and encoders by other settings."""
@@ -67,6 +69,7 @@ class FeatureTask:
     """Stored features, and maps of them."""
 
     defaults = Defaults(30, 1e-3, 60, 3e-3, 128, "fp32")
+    at_once = 1024
 
     def __init__(self, data: LabelledFeatures, config: RunConfig, is_val: np.ndarray | None = None):
         self.frozen, self.labels, self.is_test = data.features, data.labels, data.is_test
@@ -116,7 +119,7 @@ class ImageTask:
         return other
 
     def _take(self, config: RunConfig) -> None:
-        self.workers = config.workers
+        self.workers, self.at_once = config.workers, config.batch_size or IMAGES
         self.defaults = Defaults(10, 1e-4, 10, 1e-4, IMAGES, "bf16" if config.place().startswith("cuda") else "fp32")
         targets = getattr(self.backbone, "lora_targets", TARGETS)
         self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=targets)
