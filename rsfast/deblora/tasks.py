@@ -18,6 +18,11 @@ TARGETS = ("q", "k", "v", "out")  # of a backbone's LoRA: the attention's maps, 
 IMAGES = 64  # a step
 
 
+def lora_of(backbone: nn.Module, config: RunConfig) -> dict:
+    """Arguments of :func:`add_lora` for a backbone."""
+    return dict(r=config.rank, alpha=config.lora_alpha, targets=getattr(backbone, "lora_targets", TARGETS))
+
+
 class Defaults(NamedTuple):
     """What settings that are None stand for, where features or images are trained on."""
 
@@ -121,8 +126,7 @@ class ImageTask:
     def _take(self, config: RunConfig) -> None:
         self.workers, self.at_once = config.workers, config.batch_size or IMAGES
         self.defaults = Defaults(10, 1e-4, 10, 1e-4, IMAGES, "bf16" if config.place().startswith("cuda") else "fp32")
-        targets = getattr(self.backbone, "lora_targets", TARGETS)
-        self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=targets)
+        self.lora = lora_of(self.backbone, config)
 
     def inputs(self, rows: np.ndarray) -> ImageInputs:
         return ImageInputs(self.dataset.subset(rows), self.transform, self.workers)
