@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 CANCELLED = 2.0**-6  # of the terms, below which a difference of them is computed another way
-_AT_ONCE = 2**22  # numbers of a chunk of rows: what a cache holds
+_AT_ONCE = 2**23  # numbers of a chunk of rows on a CPU
+_ROWS = 2**12  # of a chunk there: what is added up in float32, before float64 goes on
 
 
 class Assignment(NamedTuple):
@@ -67,18 +68,16 @@ def kmeans_step(
     ``norms`` are those of the rows, for who takes many steps (:func:`row_norms`).
     """
     nearest, sums, parts = _Nearest(x, centers, subsidies, exact), _Sums(x, len(centers)), []
-    energy = torch.zeros((), dtype=torch.float64, device=x.device)
     for start, rows in _numbered(_chunks(x, centers)):
         ours = slice(start, start + len(rows))
         w = None if weights is None else weights[ours]
         lengths = torch.linalg.vector_norm(rows, dim=1) if norms is None else norms[ours]
         labels = nearest(rows, lengths)
         sums.add(rows, labels, w)
-        squares = lengths.double().square()
-        energy += squares.sum() if w is None else squares @ w.double()
         parts.append((labels, lengths))
-    labels, _ = _joined(parts, x)
-    c = centers.double()
+    labels, lengths = _joined(parts, x)
+    squares, c = lengths.double().square(), centers.double()
+    energy = squares.sum() if weights is None else squares @ weights.double()
     inertia = energy - 2 * (c * sums.sums.double()).sum() + sums.counts @ c.square().sum(1)
     return Step(labels, sums.sums.to(_result(x)), sums.counts, inertia.clamp(min=0))
 
@@ -124,11 +123,11 @@ class _Nearest:
         squares = self.centers.square().sum(1)
         bias = squares - squares.min() - self.subsidies
         self.factors, self.bias = (-2 * offsets).to(dtype), bias.to(dtype)
-        # |error| of one score, at most: its sum has D products, and bias is rounded once
+        # |error| of one score, at most: D products of factors rounded once, and bias; a quarter for what is squared
         unit = torch.finfo(dtype).eps
-        self.by_norm = 2 * unit * (centers.shape[1] + 2) * offsets.norm(dim=1).max().to(dtype)
+        self.by_norm = 1.25 * unit * (centers.shape[1] + 2) * offsets.norm(dim=1).max().to(dtype)
         self.always = 2 * unit * bias.abs().max().to(dtype)
-        self.exact = exact
+        self.squares, self.exact = squares, exact
 
     def __call__(self, rows: Tensor, lengths: Tensor) -> Tensor:
         """Labels of a chunk whose rows have these norms."""
@@ -143,9 +142,9 @@ class _Nearest:
         return labels
 
     def _certain(self, rows: Tensor) -> Tensor:
-        scores = torch.addmm(self.centers.square().sum(1) - self.subsidies, rows, self.centers.T, alpha=-2)
+        scores = torch.addmm(self.squares - self.subsidies, rows, self.centers.T, alpha=-2)
         best, labels = scores.min(1)
-        size = rows.norm(dim=1) * self.centers.norm(dim=1).max() + self.centers.square().sum(1).max()
+        size = rows.norm(dim=1) * self.squares.max().sqrt() + self.squares.max()
         slack = 8 * torch.finfo(rows.dtype).eps * (rows.shape[1] + 2) * size + self.subsidies.abs().max() * 1e-15
         tied = ((scores <= (best + slack)[:, None]).sum(1) != 1).nonzero()[:, 0]
         if len(tied):
@@ -158,7 +157,7 @@ class _Sums:
 
     def __init__(self, x, n_clusters):
         self.classes = torch.arange(n_clusters, device=x.device)
-        self.sums = torch.zeros(n_clusters, x.shape[1], dtype=_working(x), device=x.device)
+        self.sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
         self.counts = torch.zeros(n_clusters, dtype=torch.float64, device=x.device)
 
     def add(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
@@ -170,7 +169,7 @@ class _Sums:
         else:
             self.counts += weights.double() @ members.double()
             members *= weights.to(rows)[:, None]
-        self.sums.addmm_(members.T, rows)
+        self.sums += members.T @ rows
 
     def _add_bags(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """On a CPU adding up what is there costs less than a product with all that is not."""
@@ -213,9 +212,9 @@ def _result(x: Tensor) -> torch.dtype:
 
 
 def _chunks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
-    """Rows in the working precision, as many as a cache holds (a GPU's memory, generously)."""
-    many = 2**26 if x.is_cuda else _AT_ONCE
-    rows = max(64, many // max(x.shape[1], len(centers), 1))
+    """Rows in the working precision, some at a time."""
+    size = max(x.shape[1], len(centers), 1)
+    rows = max(64, 2**26 // size if x.is_cuda else min(_AT_ONCE // size, _ROWS))
     return (part.to(_working(x)) for part in x.split(rows) if len(part))
 
 
