@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 
 CANCELLED = 2.0**-6  # of the terms, below which a difference of them is computed another way
 _AT_ONCE = 2**23  # numbers of a chunk of rows on a CPU
-_ROWS = 2**12  # of a chunk there: what is added up in float32, before float64 goes on
+_ROWS = 2**11  # of a chunk there: what is added up in float32, before float64 goes on
 
 
 class Assignment(NamedTuple):
@@ -43,6 +43,9 @@ def kmeans_assign(x: Tensor, centers: Tensor, subsidies: Tensor | None = None, e
         labels = nearest(rows, torch.linalg.vector_norm(rows, dim=1))
         parts.append((labels, (rows - centers.to(rows)[labels]).square().sum(1)))
     labels, distances = _joined(parts, x)
+    for i, rows in _in_doubt(x, centers, labels):
+        labels[i] = nearest.certain(rows)
+        distances[i] = (rows - centers.to(rows)[labels[i]]).square().sum(1).to(distances)
     return Assignment(labels, distances)
 
 
@@ -76,6 +79,9 @@ def kmeans_step(
         sums.add(rows, labels, w)
         parts.append((labels, lengths))
     labels, lengths = _joined(parts, x)
+    for i, rows in _in_doubt(x, centers, labels):
+        labels[i] = nearest.certain(rows)
+        sums.add(rows, labels[i], None if weights is None else weights[i])
     squares, c = lengths.double().square(), centers.double()
     energy = squares.sum() if weights is None else squares @ weights.double()
     inertia = energy - 2 * (c * sums.sums.double()).sum() + sums.counts @ c.square().sum(1)
@@ -113,7 +119,7 @@ def direct_scores(x: Tensor, centers: Tensor, subsidies: Tensor) -> Tensor:
 
 
 class _Nearest:
-    """Finds the centre of each row in the rows' own precision, and in float64 where that leaves a doubt."""
+    """Finds the centre of each row in the rows' own precision, or in float64 where that leaves a doubt."""
 
     def __init__(self, x, centers, subsidies, exact):
         dtype = _working(x)
@@ -130,18 +136,18 @@ class _Nearest:
         self.squares, self.exact = squares, exact
 
     def __call__(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        """Labels of a chunk whose rows have these norms."""
+        """Labels of a chunk whose rows have these norms, -1 where they are in doubt."""
         scores = _affine(rows, self.factors, self.bias)
         best, labels = scores.min(1)
         if self.exact:
             second = scores.scatter_(1, labels[:, None], torch.inf).amin(1)
             certain = second > best + 2 * (self.by_norm * lengths + self.always)  # no number is no certainty either
-            if not certain.all():
-                doubtful = (~certain).nonzero()[:, 0]
-                labels[doubtful] = self._certain(rows[doubtful].double())
+            labels.masked_fill_(~certain, -1)
         return labels
 
-    def _certain(self, rows: Tensor) -> Tensor:
+    def certain(self, rows: Tensor) -> Tensor:
+        """Labels as float64 has them."""
+        rows = rows.double()
         scores = torch.addmm(self.squares - self.subsidies, rows, self.centers.T, alpha=-2)
         best, labels = scores.min(1)
         size = rows.norm(dim=1) * self.squares.max().sqrt() + self.squares.max()
@@ -213,9 +219,19 @@ def _result(x: Tensor) -> torch.dtype:
 
 def _chunks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
     """Rows in the working precision, some at a time."""
+    return (part.to(_working(x)) for part in x.split(_rows(x, centers)) if len(part))
+
+
+def _rows(x: Tensor, centers: Tensor) -> int:
+    """Of a chunk."""
     size = max(x.shape[1], len(centers), 1)
-    rows = max(64, 2**26 // size if x.is_cuda else min(_AT_ONCE // size, _ROWS))
-    return (part.to(_working(x)) for part in x.split(rows) if len(part))
+    return max(64, 2**26 // size if x.is_cuda else min(_AT_ONCE // size, _ROWS))
+
+
+def _in_doubt(x: Tensor, centers: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows whose label is -1, put aside for the end: a product with few rows at a time would take most of the time."""
+    left = (labels == -1).nonzero()[:, 0]
+    return ((i, x[i].to(_working(x))) for i in left.split(_rows(x, centers)) if len(i))
 
 
 def _numbered(chunks: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
