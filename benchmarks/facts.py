@@ -73,7 +73,7 @@ def read_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """Reads everything, writes a number a program."""
     total = tl.zeros((BLOCK,), tl.int32)
     for start in tl.range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK, num_stages=4):
-        at = start.to(tl.int64) + tl.arange(0, BLOCK)
+        at = start + tl.arange(0, BLOCK)
         total += tl.load(x_ptr + at, mask=at < n, other=0)
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
 

@@ -220,18 +220,64 @@ def _sm_mhz() -> int | None:
         return None
 
 
-def measure_step(benchmark, run: Callable[[], object]) -> dict:
-    """Time a whole training step between two events; on a machine without a GPU run it once."""
+def measure_step(
+    benchmark, run: Callable[[], object], *, beside: Callable[[], Callable] | None = None, samples: int | None = None,
+    rounds: int = 20, warm_ups: int = WARM_UPS,
+) -> dict:  # fmt: skip
+    """Time a whole step between two events; on a machine without a GPU run it once.
+
+    Args:
+        benchmark: The fixture.
+        run: The step.
+        beside: Makes another one, once the memory of this is measured; run before each round, ``beside_seconds`` is
+            its median.
+        samples: In a step, for ``samples_per_second``.
+        rounds: Timed rounds.
+        warm_ups: Rounds before them.
+    """
     if not torch.cuda.is_available():
         benchmark.pedantic(run)
         return {}
-    benchmark.pedantic(run, rounds=20, warmup_rounds=WARM_UPS)
     gc.collect()
+    run()  # a first one allocates what stays, and may compile
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()  # of everything, the model included
-    return _summary(benchmark) | {"peak_memory": peak, "method": "events", "sm_mhz": _sm_mhz()}
+    other, took = None if beside is None else beside(), []
+
+    def setup():
+        if other is not None:
+            took.append(_between_events(other, ()))
+
+    benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=warm_ups)
+    found = _summary(benchmark) | {"peak_memory": peak, "method": "events"}
+    found |= {"beside_seconds": statistics.median(took[warm_ups:])} if took else {}
+    found |= {"samples_per_second": samples / found["seconds"]} if samples else {}
+    return found | {"sm_mhz": _sm_mhz()}
+
+
+def captured_step(step: Callable[[], object]) -> tuple[Callable[[], None], int | None]:
+    """A training step as one CUDA graph, and the bytes that were allocated while it was captured, at most.
+
+    What the graph needs stays in a pool of its own, so at a replay nothing of it is counted. Without a GPU the step
+    itself, and None.
+    """
+    if not torch.cuda.is_available():
+        return step, None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what the optimizer keeps is made in the first
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, torch.cuda.max_memory_allocated()
 
 
 def facts() -> dict[str, float]:
