@@ -5,7 +5,9 @@ import gc
 import pytest
 import torch
 
+from benchmarks import kmeans_cpu
 from benchmarks.arms import DEVICE, short
+from benchmarks.conftest import SHOWN
 from benchmarks.floors import kmeans_floor, kmeans_work
 from benchmarks.kmeans import OWN, ROWS, WAITING, aims, grid, prepared, why_not
 from benchmarks.measure import ROUNDS, WARM_UPS, measure
@@ -52,3 +54,11 @@ def bench_kmeans(record, name, shape, dtype, impl):
 @pytest.mark.parametrize("name, shape, dtype, impl", grid(main=False), ids=short)
 def bench_kmeans_more(record, name, shape, dtype, impl):
     _run(record, name, shape, dtype, impl)
+
+
+def bench_kmeans_step_on_the_cpu(request):
+    pytest.importorskip("sklearn")
+    for name, row in kmeans_cpu.compare().items():
+        line = f"kmeans_step on the CPU, {short(kmeans_cpu.SHAPE)} float32, {torch.get_num_threads()} threads: {name}"
+        line += f" {row['ms']:.0f} ms, {row['cpu_ms']:.0f} ms of CPU time"
+        request.config.stash.setdefault(SHOWN, []).append(line)

@@ -10,7 +10,8 @@ from benchmarks import results
 from benchmarks.measure import DeviceClock, facts
 
 STARTED = time.monotonic()
-NO_GPU = "no GPU: every benchmark ran once at a small shape to see that it works; nothing was timed or written"
+NO_GPU = "no GPU: every benchmark ran once at a small shape to see that it works; no kernel was timed, nothing written"
+SHOWN = pytest.StashKey[list[str]]()  # lines for the end of the terminal's report
 
 
 def pytest_addoption(parser):
@@ -40,6 +41,8 @@ def pytest_terminal_summary(terminalreporter):
     if not torch.cuda.is_available():
         terminalreporter.section("benchmarks")
         terminalreporter.write_line(NO_GPU)
+    for line in terminalreporter.config.stash.get(SHOWN, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

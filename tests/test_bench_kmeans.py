@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rsfast
-from benchmarks import floors, gpu, kmeans, report
+from benchmarks import floors, gpu, kmeans, kmeans_cpu, report
 from benchmarks import kmeans_peers as peers
 from benchmarks import kmeans_truth as truth
 from benchmarks.kmeans_peers import Found
@@ -161,3 +161,11 @@ def test_the_table_tells_ours_targets_and_wrong_labels():
     assert "| **auto** | **2.000** | 1.00 | ≤ 1.5 ms | 1 | 0 % | 1e-07 | 2 | abcdef01 |" in ours
     assert "| theirs | 5.000 | 2.00 | ≥ 3 |  | 0.5 % |" in theirs
     assert "| broken | 1.000 | 0.50 |" in broken and ", wrong |" in broken
+
+
+def test_the_step_on_the_cpu_is_timed_beside_scikit_learns(monkeypatch):
+    found = kmeans_cpu.compare((300, 8, 3), rounds=1)
+    assert set(found) == {"rsfast", "scikit-learn"} and all(row["ms"] > 0 for row in found.values())
+    monkeypatch.setattr(kmeans_cpu, "ours", lambda x, centers: lambda: torch.zeros(len(x), dtype=torch.int64))
+    with pytest.raises(AssertionError, match="of the labels differ"):
+        kmeans_cpu.compare((300, 8, 3), rounds=1)

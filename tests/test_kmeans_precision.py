@@ -102,3 +102,19 @@ def test_close_pairs_keep_their_digits(at_once, monkeypatch):
     assert not found[:6].diagonal().any() and not found[1, 4] and not found[4, 1]
     kmeans = rsfast.KMeans(5, init=x[[0, 1, 2, 3, 5]], impl="reference").fit(x)
     assert not kmeans.transform(kmeans.cluster_centers_).diagonal().any()
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+def test_rows_in_doubt_are_added_too(weighted):
+    """Every row is, for the centres come in equal pairs."""
+    given = data((40, 20, 5), FP32, "cpu")
+    weights = given.weights if weighted else None
+    centers = given.centers.repeat(2, 1)
+    step = reference.kmeans_step(given.x, centers, weights)
+    update = reference.kmeans_update(given.x, step.labels, 10, weights)
+    assert step.labels.max() < 5 and not (reference._Nearest(given.x, centers, None, True)(given.x, 0) + 1).any()
+    torch.testing.assert_close(step.sums, update.sums)
+    assert torch.equal(step.counts, update.counts) and update.counts.sum() > 0
+    distances = reference.kmeans_assign(given.x, centers).distances.double()
+    cost = (distances if weights is None else distances * weights).sum()
+    assert step.inertia.item() == pytest.approx(cost.item(), rel=1e-4)

@@ -38,6 +38,7 @@ MAY_IMPORT = {  # inside a family: reference < kernels < functional < module; fa
         "rsfast.{family}.reference",
         "rsfast.{family}.kernels",
         "rsfast.{family}.functional.checks",
+        "rsfast.{family}.functional.plain",
         "rsfast.{family}.constraint",
     ),
     "estimators": (

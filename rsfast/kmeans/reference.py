@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 CANCELLED = 2.0**-6  # of the terms, below which a difference of them is computed another way
-_AT_ONCE = 2**22  # numbers of a chunk of rows: what a cache holds
+_AT_ONCE = 2**23  # numbers of a chunk of rows on a CPU
+_ROWS = 2**11  # of a chunk there: what is added up in float32, before float64 goes on
 
 
 class Assignment(NamedTuple):
@@ -42,6 +43,9 @@ def kmeans_assign(x: Tensor, centers: Tensor, subsidies: Tensor | None = None, e
         labels = nearest(rows, torch.linalg.vector_norm(rows, dim=1))
         parts.append((labels, (rows - centers.to(rows)[labels]).square().sum(1)))
     labels, distances = _joined(parts, x)
+    for i, rows in _in_doubt(x, centers, labels):
+        labels[i] = nearest.certain(rows)
+        distances[i] = (rows - centers.to(rows)[labels[i]]).square().sum(1).to(distances)
     return Assignment(labels, distances)
 
 
@@ -67,18 +71,19 @@ def kmeans_step(
     ``norms`` are those of the rows, for who takes many steps (:func:`row_norms`).
     """
     nearest, sums, parts = _Nearest(x, centers, subsidies, exact), _Sums(x, len(centers)), []
-    energy = torch.zeros((), dtype=torch.float64, device=x.device)
     for start, rows in _numbered(_chunks(x, centers)):
         ours = slice(start, start + len(rows))
         w = None if weights is None else weights[ours]
         lengths = torch.linalg.vector_norm(rows, dim=1) if norms is None else norms[ours]
         labels = nearest(rows, lengths)
         sums.add(rows, labels, w)
-        squares = lengths.double().square()
-        energy += squares.sum() if w is None else squares @ w.double()
         parts.append((labels, lengths))
-    labels, _ = _joined(parts, x)
-    c = centers.double()
+    labels, lengths = _joined(parts, x)
+    for i, rows in _in_doubt(x, centers, labels):
+        labels[i] = nearest.certain(rows)
+        sums.add(rows, labels[i], None if weights is None else weights[i])
+    squares, c = lengths.double().square(), centers.double()
+    energy = squares.sum() if weights is None else squares @ weights.double()
     inertia = energy - 2 * (c * sums.sums.double()).sum() + sums.counts @ c.square().sum(1)
     return Step(labels, sums.sums.to(_result(x)), sums.counts, inertia.clamp(min=0))
 
@@ -114,7 +119,7 @@ def direct_scores(x: Tensor, centers: Tensor, subsidies: Tensor) -> Tensor:
 
 
 class _Nearest:
-    """Finds the centre of each row in the rows' own precision, and in float64 where that leaves a doubt."""
+    """Finds the centre of each row in the rows' own precision, or in float64 where that leaves a doubt."""
 
     def __init__(self, x, centers, subsidies, exact):
         dtype = _working(x)
@@ -124,28 +129,28 @@ class _Nearest:
         squares = self.centers.square().sum(1)
         bias = squares - squares.min() - self.subsidies
         self.factors, self.bias = (-2 * offsets).to(dtype), bias.to(dtype)
-        # |error| of one score, at most: its sum has D products, and bias is rounded once
+        # |error| of one score, at most: D products of factors rounded once, and bias; a quarter for what is squared
         unit = torch.finfo(dtype).eps
-        self.by_norm = 2 * unit * (centers.shape[1] + 2) * offsets.norm(dim=1).max().to(dtype)
+        self.by_norm = 1.25 * unit * (centers.shape[1] + 2) * offsets.norm(dim=1).max().to(dtype)
         self.always = 2 * unit * bias.abs().max().to(dtype)
-        self.exact = exact
+        self.squares, self.exact = squares, exact
 
     def __call__(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        """Labels of a chunk whose rows have these norms."""
+        """Labels of a chunk whose rows have these norms, -1 where they are in doubt."""
         scores = _affine(rows, self.factors, self.bias)
         best, labels = scores.min(1)
         if self.exact:
             second = scores.scatter_(1, labels[:, None], torch.inf).amin(1)
             certain = second > best + 2 * (self.by_norm * lengths + self.always)  # no number is no certainty either
-            if not certain.all():
-                doubtful = (~certain).nonzero()[:, 0]
-                labels[doubtful] = self._certain(rows[doubtful].double())
+            labels.masked_fill_(~certain, -1)
         return labels
 
-    def _certain(self, rows: Tensor) -> Tensor:
-        scores = torch.addmm(self.centers.square().sum(1) - self.subsidies, rows, self.centers.T, alpha=-2)
+    def certain(self, rows: Tensor) -> Tensor:
+        """Labels as float64 has them."""
+        rows = rows.double()
+        scores = torch.addmm(self.squares - self.subsidies, rows, self.centers.T, alpha=-2)
         best, labels = scores.min(1)
-        size = rows.norm(dim=1) * self.centers.norm(dim=1).max() + self.centers.square().sum(1).max()
+        size = rows.norm(dim=1) * self.squares.max().sqrt() + self.squares.max()
         slack = 8 * torch.finfo(rows.dtype).eps * (rows.shape[1] + 2) * size + self.subsidies.abs().max() * 1e-15
         tied = ((scores <= (best + slack)[:, None]).sum(1) != 1).nonzero()[:, 0]
         if len(tied):
@@ -158,7 +163,7 @@ class _Sums:
 
     def __init__(self, x, n_clusters):
         self.classes = torch.arange(n_clusters, device=x.device)
-        self.sums = torch.zeros(n_clusters, x.shape[1], dtype=_working(x), device=x.device)
+        self.sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
         self.counts = torch.zeros(n_clusters, dtype=torch.float64, device=x.device)
 
     def add(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
@@ -170,7 +175,7 @@ class _Sums:
         else:
             self.counts += weights.double() @ members.double()
             members *= weights.to(rows)[:, None]
-        self.sums.addmm_(members.T, rows)
+        self.sums += members.T @ rows
 
     def _add_bags(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """On a CPU adding up what is there costs less than a product with all that is not."""
@@ -213,10 +218,20 @@ def _result(x: Tensor) -> torch.dtype:
 
 
 def _chunks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
-    """Rows in the working precision, as many as a cache holds (a GPU's memory, generously)."""
-    many = 2**26 if x.is_cuda else _AT_ONCE
-    rows = max(64, many // max(x.shape[1], len(centers), 1))
-    return (part.to(_working(x)) for part in x.split(rows) if len(part))
+    """Rows in the working precision, some at a time."""
+    return (part.to(_working(x)) for part in x.split(_rows(x, centers)) if len(part))
+
+
+def _rows(x: Tensor, centers: Tensor) -> int:
+    """Of a chunk."""
+    size = max(x.shape[1], len(centers), 1)
+    return max(64, 2**26 // size if x.is_cuda else min(_AT_ONCE // size, _ROWS))
+
+
+def _in_doubt(x: Tensor, centers: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows whose label is -1, put aside for the end: a product with few rows at a time would take most of the time."""
+    left = (labels == -1).nonzero()[:, 0]
+    return ((i, x[i].to(_working(x))) for i in left.split(_rows(x, centers)) if len(i))
 
 
 def _numbered(chunks: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
