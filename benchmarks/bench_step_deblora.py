@@ -33,7 +33,7 @@ def ours(x, impl: str):
     return deblora.cluster_features(x, 32 if DEVICE == "cuda" else 5, rho=RHO if impl == "auto" else None, seed=SEED)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def known(shape) -> tuple[int, float]:
     """Iterations that ours takes without a constraint, which others are asked for, and the inertia it ends with."""
     x, k = setting("kmeans_step", shape, FP32).x, shape[2]
@@ -59,8 +59,8 @@ def judged(shape, impl: str, labels, centers) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("impl", (*OURS, *OTHERS))
 @pytest.mark.parametrize("shape", SHAPES, ids=short)
+@pytest.mark.parametrize("impl", (*OURS, *OTHERS))
 def bench_step_deblora(record, shape, impl):
     if impl in LIBRARIES and (reason := LIBRARIES[impl].why_not(FP32)):
         pytest.skip(reason)

@@ -62,7 +62,9 @@ KERNELS = (
 LOG = "gpu-run.log"
 GRACE = 15.0  # seconds in which what is interrupted may still say what it found
 WORD = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-NODE = re.compile(rf"^(?:\[gw\d+\].*? )?(?:({WORD}) (\S+::\S.*?)|(\S+::\S.*?) ({WORD}))(?: +\[ *\d+%\]| +-.*)?\s*$")
+AFTER = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] )?({WORD}) (\S+\.py(?:::.+?)?)(?: - .*)?\s*$")  # xdist's lines, the summary's
+BEFORE = re.compile(rf"^(\S+\.py::.+?) ({WORD})(?: \(.*)?(?: +\[ *\d+%\])?\s*$")
+SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] (\S+?): (.*)$", re.MULTILINE)
 QUIET = re.compile(r" (PASSED|SKIPPED)\b")  # lines for the log alone
 
 
@@ -135,13 +137,21 @@ def counted(output: str) -> dict:
     """How many tests ended how, and the names of those that failed; also of a run that never came to its summary."""
     ended: dict[str, str] = {}
     for line in output.splitlines():
-        if found := NODE.match(line):
-            word, name = (found[1], found[2]) if found[1] else (found[4], found[3])
-            ended[name] = word if ended.get(name) not in ("FAILED", "ERROR") else ended[name]
+        if found := AFTER.match(line):
+            word, name = found.groups()
+        elif found := BEFORE.match(line):
+            name, word = found.groups()
+        else:
+            continue
+        ended[name] = word if ended.get(name) not in ("FAILED", "ERROR") else ended[name]
     names = {"FAILED": "failed", "ERROR": "errors", "PASSED": "passed", "SKIPPED": "skipped"}
     kept = {key: sum(word == found for found in ended.values()) for word, key in names.items() if ended}
     wrong = [name for name, word in ended.items() if word in ("FAILED", "ERROR")]
-    return kept | ({"names": wrong[:50]} if wrong else {})
+    reasons: dict[str, int] = {}
+    for number, _, reason in SKIPPED.findall(output):
+        reasons[reason[:120]] = reasons.get(reason[:120], 0) + int(number)
+    more = {"names": wrong[:50], "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[:30])}
+    return kept | {name: value for name, value in more.items() if value}
 
 
 def run(parts: list[str], args: argparse.Namespace, start, keep=lambda part, found: None) -> dict[str, str]:

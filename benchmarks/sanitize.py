@@ -89,9 +89,7 @@ def verdict(code: int | None, report: dict) -> str:
 
 def sample(device: str = "cuda") -> None:
     """Launch every CUDA kernel and a sample of the Triton kernels, forward and backward."""
-    for size, dtype in itertools.product(KMEANS, (FP32, BF16)):
-        _kmeans(*size, dtype, device)
-        print("sampled k-means", *size, dtype, flush=True)
+    sample_kmeans(device)
     for case in [c for c in CASES if c.name in SAMPLE and c.has_kernel()]:
         for shape in (*case.small[:4], *[MANY_PAIRS] * ("image_features" in case.names)):
             for dtype in (FP32, BF16):
@@ -103,8 +101,14 @@ def sample(device: str = "cuda") -> None:
     print(DONE, flush=True)
 
 
-def _kmeans(n: int, width: int, k: int, dtype: torch.dtype, device: str) -> None:
+def sample_kmeans(device: str = "cuda") -> None:
     """One pass, two passes, whole fits, mini-batches, the constraint."""
+    for size, dtype in itertools.product(KMEANS, (FP32, BF16)):
+        _kmeans(*size, dtype, device)
+        print("sampled k-means", *size, dtype, flush=True)
+
+
+def _kmeans(n: int, width: int, k: int, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     centers, weights = x[:k].float(), torch.ones(n, device=device)
     rsfast.kmeans_step(x, centers, impl="fused")

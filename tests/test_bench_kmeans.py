@@ -144,7 +144,7 @@ def test_sanitizers_see_every_kernel(monkeypatch, device):
     seen = []
     step = rsfast.kmeans_step
     monkeypatch.setattr(rsfast, "kmeans_step", lambda *args, **options: seen.append(options) or step(*args, **options))
-    gpu.sample_kmeans(device)
+    sanitize.sample_kmeans(device)
     assert [options["impl"] for options in seen] == ["fused"] * 4
 
 
