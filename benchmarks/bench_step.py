@@ -17,6 +17,7 @@ from benchmarks.measure import captured_step, measure_step
 from rsfast._dispatch import INTERPRET
 from rsfast.testing import assert_within_budget
 
+
 @dataclass(frozen=True)
 class Arm:
     """How a step is computed.

@@ -1,6 +1,6 @@
 """Builds the CUDA library ahead of what needs it, and says how long each source took.
 
-    python -m benchmarks.build
+python -m benchmarks.build
 
 """
 

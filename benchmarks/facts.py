@@ -1,4 +1,4 @@
-"""What the designs rest on, measured before any kernel of ours: rates of products, of memory, of launches, of attention.
+"""What the designs rest on, measured before any kernel of ours: rates of products, memory, launches, attention.
 
     python -m benchmarks.facts --out FOLDER
 
@@ -153,7 +153,7 @@ def memory() -> dict[str, float]:
         x, low = bf16(m, k), torch.randn(16, k, device="cuda")
         seconds = steady(lambda x=x, low=low: rsfast.lora_shrink(x, low))
         found[f"lora_shrink_{m}x{k}x16_bytes_per_second"] = x.nbytes / seconds
-        seconds = steady(lambda x=x, low=low.bfloat16(): torch.mm(x, low.mT))
+        seconds = steady(functools.partial(torch.mm, x, low.bfloat16().mT))
         found[f"torch_shrink_{m}x{k}x16_bytes_per_second"] = x.nbytes / seconds
         norm = functools.partial(F.layer_norm, x, (k,))
         found[f"torch_layer_norm_{m}x{k}_bytes_per_second"] = 2 * x.nbytes / steady(norm)

@@ -39,7 +39,7 @@ PARTS = (
     "suite",
 )  # "tests" are the kernels', "suite" is all the others
 # seconds, so that no part eats the others; benchmarks get what is left
-AT_MOST = {"build": 150.0, "facts": 40.0, "tests": 180.0, "sample": 60.0, "memcheck": 60.0, "racecheck": 45.0}
+AT_MOST = {"build": 90.0, "facts": 40.0, "tests": 150.0, "sample": 45.0, "memcheck": 45.0, "racecheck": 30.0}
 KEPT_FOR = {
     "losses": 150.0,
     "tune": 120.0,
@@ -62,7 +62,9 @@ KERNELS = (
 LOG = "gpu-run.log"
 GRACE = 15.0  # seconds in which what is interrupted may still say what it found
 WORD = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-AFTER = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] )?({WORD}) (\S+\.py(?:::.+?)?)(?: - .*)?\s*$")  # xdist's lines, the summary's
+AFTER = re.compile(
+    rf"^(?:\[gw\d+\] \[ *\d+%\] )?({WORD}) (\S+\.py(?:::.+?)?)(?: - .*)?\s*$"
+)  # xdist's lines, the summary's
 BEFORE = re.compile(rf"^(\S+\.py::.+?) ({WORD})(?: \(.*)?(?: +\[ *\d+%\])?\s*$")
 SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] (\S+?): (.*)$", re.MULTILINE)
 QUIET = re.compile(r" (PASSED|SKIPPED)\b")  # lines for the log alone
@@ -106,7 +108,10 @@ def environment(part: str, out: pathlib.Path) -> dict[str, str]:
     plain = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "rsfast-gpu"
     if part not in AT_MOST and part != "suite":
         tuned = plain / "tuned" / results.slug(str(out))
-        for link, target in ((tuned / "rsfast/csrc", plain / "rsfast/csrc"), (tuned / "rsfast/lora", out / "rsfast/lora")):
+        for link, target in (
+            (tuned / "rsfast/csrc", plain / "rsfast/csrc"),
+            (tuned / "rsfast/lora", out / "rsfast/lora"),
+        ):
             target.mkdir(parents=True, exist_ok=True)
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():

@@ -44,7 +44,9 @@ def tower(impl: str, width: int, layers: int, head: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         options = dict(lora_dropout=DROPOUT_P, target_modules=list(LAYERS), init_lora_weights=False)
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, **options), autocast_adapter_dtype=impl == "peft")
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=RANK, **options), autocast_adapter_dtype=impl == "peft"
+        )
         model = model.base_model.model
     elif impl != "frozen":
         rsfast.models.add_lora(model, RANK, RANK, dropout=DROPOUT_P, impl=impl)

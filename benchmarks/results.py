@@ -88,7 +88,7 @@ def _key(row: dict) -> tuple:
 
 
 def fold(old: dict | None, new: dict) -> dict:
-    """Both files' rows, the newer of each, under the newer top; facts and checks of the older one stay unless repeated."""
+    """Both files' rows, the newer of each, under the newer top; facts and checks of the older stay unless repeated."""
     if old is None:
         return new
     older, newer = sorted((old, new), key=lambda content: content["date"])

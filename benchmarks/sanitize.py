@@ -1,6 +1,6 @@
 """What compute-sanitizer watches, where the tool is found, and what its output says.
 
-    python -m benchmarks.sanitize          launch a sample of the kernels at small shapes
+python -m benchmarks.sanitize          launch a sample of the kernels at small shapes
 
 """
 

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import floors, report, results
+from benchmarks import floors, outcomes, report, results
 from benchmarks.arms import ADAPTERS, TIMED, caption_lengths, grid
 from benchmarks.measure import DeviceClock
 
@@ -103,6 +103,31 @@ def test_the_table_says_what_was_measured(root):
     assert cells["peak memory, MB"] == "5 → 1"
     assert sum("256x50x768" in line for line in lines) == 1, "the backward pass is left to the results file"
     assert any("harma_vit_b_32" in line and "**2.000**" in line for line in lines)
+
+
+def test_the_steps_table_has_rates_and_ratios(root):
+    common = dict(family="step", op="harma_vit_b_32", shape="428", bytes=None) | {"pass": "step"}
+    path = write(root, [
+        a_row(impl="rsfast", seconds=0.1, samples_per_second=4280.0, **common),
+        a_row(impl="harma", seconds=0.2, beside_seconds=0.08, samples_per_second=2140.0, **common),
+        a_row(impl="auto", seconds=3.0, **common | dict(op="deblora_clustering", shape="1000000x1280x32")),
+    ])  # fmt: skip
+    results.Writer(path.parent, TOP).check("memcheck", {"outcome": "passed", "errors": 0, "warnings": 0})
+    results.Writer(path.parent, TOP).check("tests", {"outcome": "FAILED with 1", "passed": 9, "failed": 1})
+    report.main(root, [])
+    text = (root / "README.md").read_text()
+    assert "| harma_vit_b_32, 428, bfloat16 | **rsfast** | **100.000** | 4280 |  | 5 | aaaaaaaa |" in text
+    assert "| harma_vit_b_32, 428, bfloat16 | harma | 200.000 | 2140 | 2.50 | 5 | aaaaaaaa |" in text
+    assert "| deblora_clustering, 1000000x1280x32, bfloat16 | **auto** | **3000.000** |  |  | 5 | aaaaaaaa |" in text
+    assert "tests: FAILED with 1 (9 passed, 1 failed); memcheck: passed (0 errors)." in text
+
+
+def test_what_was_checked_without_a_row_is_said_too(root):
+    results.Writer(root / "benchmarks" / "results", TOP).check("racecheck", {"outcome": "cut off"})
+    report.main(root, [])
+    assert (
+        "### Some GPU" in (root / "README.md").read_text() and "racecheck: cut off" in (root / "README.md").read_text()
+    )
 
 
 def a_loss(impl, seconds, **fields):
@@ -228,6 +253,23 @@ def test_work_is_counted_as_the_design_counts_it():
         assert TIMED[name].flops(shape) == per_token * shape[1]
     padded, short = (TIMED[f"gated_adapter_shared{kind}"].flops((64, 77, 512)) for kind in ("", "_captions"))
     assert 0 < short < padded / 4
+
+
+def test_notes_hold_each_kernels_floor_prediction_and_outcome():
+    text = floors.NOTES.read_text()
+    assert text == outcomes.notes_with_table(text), "run python -m benchmarks.outcomes"
+    known = {op for op, *_ in [(aim.op,) for aim in outcomes.aims()]}
+    assert {"gated_adapter", "contrastive_loss", "lora_linear_r16", "kmeans_step"} <= known
+    for aim in outcomes.aims():
+        assert aim.seconds is None or aim.floor is None or aim.floor < aim.seconds, aim
+    row = a_loss("fused", 0.04) | {"commit": "b" * 40}
+    peers = [a_loss("memeff", 0.09, beside_seconds=0.045, commit="c" * 40), a_loss("open_clip", 0.2, commit="d" * 40)]
+    lines = [line for line in outcomes.table([row, *peers]) if "contrastive_loss, 65536x512" in line]
+    name = "| contrastive_loss, 65536x512, bfloat16, forward+backward | 22.3 "
+    assert lines[0] == f"{name}| ≤ 30 ms | 40 ms (56% of the floor) | missed: 75% of it | bbbbbbbb |"
+    assert f"{name}| ≥ 3 times memeff | 2.00 | missed: 67% of it | cccccccc |" in lines
+    assert f"{name}| ≥ 4 times open_clip | 5.00 | met | dddddddd |" in lines
+    assert f"{name}| ≥ 15 times inf-cl |  |  |  |" in lines
 
 
 def test_notes_hold_the_floors_of_the_formulas():
