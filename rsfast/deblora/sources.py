@@ -15,7 +15,6 @@ from rsfast.deblora.loading import load_labelled
 from rsfast.deblora.methods import parse_methods
 from rsfast.deblora.store import FeatureStore
 from rsfast.deblora.tasks import IMAGES, FeatureTask, ImageTask, Task, lora_of
-from rsfast.models import add_lora
 
 FEATURES = "features"  # of images, in the folder of results
 DIGITS_IMBALANCE = 100.0
@@ -73,6 +72,7 @@ def _parts(splits: np.ndarray, labels: np.ndarray, test_share: float | None, sou
 def _images(config: RunConfig, progress: bool) -> ImageTask:
     from rsfast.deblora.backbones import image_encoder
     from rsfast.deblora.extraction import extract_features
+    from rsfast.models import add_lora
 
     methods = parse_methods(config.method)
     dataset = load_labelled(config.images, config.image_root, format=config.image_format)
@@ -125,7 +125,7 @@ def backbone(model: str, pretrained: str | None) -> nn.Module:
         file = None if pretrained in (None, "timm") else pretrained
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"pretrained: there is no weights file {file}; 'timm' takes timm's own")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights are the same when a run goes on
             made = timm.create_model(model, pretrained=pretrained == "timm", num_classes=0)
         if file is not None:

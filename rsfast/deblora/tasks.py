@@ -12,7 +12,6 @@ from rsfast.deblora.config import RunConfig
 from rsfast.deblora.features_file import LabelledFeatures
 from rsfast.deblora.inputs import FeatureInputs, ImageInputs
 from rsfast.deblora.maps import ClassMaps, FullMap, LowRankMap
-from rsfast.models import add_lora, set_adapter_ids
 
 TARGETS = ("q", "k", "v", "out")  # of a backbone's LoRA: the attention's maps, as the authors have it
 IMAGES = 64  # a step
@@ -132,6 +131,8 @@ class ImageTask:
         return ImageInputs(self.dataset.subset(rows), self.transform, self.workers)
 
     def encoder(self, trained: str | None) -> nn.Module:
+        from rsfast.models import add_lora  # here, as it brings timm and open_clip along
+
         backbone = copy.deepcopy(self.backbone).requires_grad_(trained == "full")
         if trained == "lora":
             add_lora(backbone, **self.lora)
@@ -140,6 +141,8 @@ class ImageTask:
         return backbone
 
     def with_lora(self, encoder: nn.Module, trained: str | None) -> nn.Module:
+        from rsfast.models import add_lora
+
         if trained in (None, "full"):
             add_lora(encoder, **self.lora)
         return encoder
@@ -149,12 +152,16 @@ class ClassWise(nn.Module):
     """Class-wise LoRA in a backbone: what :class:`ClassMaps` is for features. Every image meets every class's LoRA."""
 
     def __init__(self, backbone: nn.Module, dim: int, n_classes: int, lora: dict):
+        from rsfast.models import add_lora
+
         super().__init__()
         add_lora(backbone, num_adapters=n_classes, **lora)
         self.backbone, self.head, self.n_classes = backbone, nn.Linear(dim, n_classes), n_classes
 
     def forward_all(self, images: Tensor) -> Tensor:
         """Features by each class's LoRA, (B, C, D)."""
+        from rsfast.models import set_adapter_ids
+
         ids = torch.arange(self.n_classes, device=images.device).repeat(len(images))
         set_adapter_ids(self.backbone, ids)
         every = self.backbone(images.repeat_interleave(self.n_classes, 0))
