@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rsfast
 from benchmarks.harma import HarmaAdapter
@@ -15,6 +16,11 @@ from tests.cases import BF16, CASES, FP32, TEXT, Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INDUCTOR = "inductor" if DEVICE == "cuda" else "aot_eager"  # without a GPU only tracing is checked
+FORCED = {  # "harma-sdpa" takes the backend that PyTorch picks
+    "harma-sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "harma-sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "harma-sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 GATED = 11  # tensors of a gated adapter without its shared part: x, nine weights, the block's gate
 
 
@@ -83,6 +89,19 @@ def _harma(case: Case, tensors, prepare=lambda f: f, need_weights=True) -> Built
     return Built(lambda leaves: run(leaves[0]), [x, *module.leaves], sequence_first=True)
 
 
+def _attending_by(backend: SDPBackend):
+    """What makes a function's attention run on this backend alone; where it cannot, it raises."""
+
+    def prepare(function):
+        def run(*args):
+            with sdpa_kernel(backend):
+                return function(*args)
+
+        return run
+
+    return prepare
+
+
 _tuned = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
 OURS = {  # in the order in which they are timed: what is least known first
     "fused": functools.partial(_ours, public=True),
@@ -95,10 +114,13 @@ PEERS = {  # of the gated adapter without lengths, which HarMA's does not know
     "harma-sdpa": functools.partial(_harma, need_weights=False),
     "harma-compiled": functools.partial(_harma, prepare=compiled),
     "harma-sdpa-compiled": functools.partial(_harma, prepare=compiled, need_weights=False),
-}
+} | {
+    name: functools.partial(_harma, prepare=_attending_by(backend), need_weights=False)
+    for name, backend in FORCED.items()
+}  # fmt: skip
 ORDER = (
     "fused", "harma", "harma-sdpa", "reference",
-    "reference-compiled", "harma-sdpa-compiled", "harma-compiled", "reference-tuned",
+    "reference-compiled", "harma-sdpa-compiled", "harma-compiled", "reference-tuned", *FORCED,
 )  # fmt: skip
 
 
@@ -113,7 +135,7 @@ def grid():
     dtype = BF16 if DEVICE == "cuda" else FP32
     for impl in ORDER:
         for name, case in ADAPTERS.items():
-            if impl in implementations(case) and (DEVICE == "cuda" or impl != "reference-tuned"):
+            if impl in implementations(case) and (DEVICE == "cuda" or impl not in ("reference-tuned", *FORCED)):
                 yield from ((name, shape, dtype, impl) for shape in _shapes(case))
     if DEVICE == "cuda":  # HarMA itself trains in fp32
         for impl in ORDER[:4]:
@@ -155,7 +177,7 @@ def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype):
     return tensors, dy, *results
 
 
-@functools.lru_cache(maxsize=1)  # the passes of one implementation follow each other
+@functools.lru_cache(maxsize=2)  # the passes of one implementation follow each other; ours is run beside them
 def prepared(name: str, shape: tuple[int, ...], dtype: torch.dtype, impl: str) -> list[Call]:
     """An implementation on several inputs, ready to be timed.
 
@@ -166,11 +188,11 @@ def prepared(name: str, shape: tuple[int, ...], dtype: torch.dtype, impl: str) -
     tensors, dy, gold, eager = truth(name, shape, dtype)
     build = implementations(case)[impl]
     if impl in PEERS:
-        plain = PEERS[impl.removesuffix("-compiled")]
+        plain = PEERS["harma-sdpa" if impl in FORCED else impl.removesuffix("-compiled")]
         few = (2, *shape[1:])
         exact = truth(name, few, torch.float64)
         check(case, few, _results(plain(case, exact[0]), exact[1]), *exact)  # the same maths as ours
-        eager = _results(plain(case, tensors), dy)  # and compiled it may round as it does uncompiled
+        eager = _results(plain(case, tensors), dy)  # and compiled, or by another backend, it may round as it does so
     built = build(case, tensors)
     check(case, shape, _results(built, dy), tensors, dy, gold, eager)
     moving = [t.shape == tensors[0].shape for t in tensors]  # inputs, as opposed to weights

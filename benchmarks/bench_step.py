@@ -1,6 +1,8 @@
 """A whole HarMA training step of an open_clip model: both towers, both losses, backward, AdamW."""
 
 import functools
+import gc
+from dataclasses import dataclass
 
 import open_clip
 import pytest
@@ -10,18 +12,42 @@ import rsfast
 import rsfast.models
 from benchmarks.arms import DEVICE, INDUCTOR, TIMED, caption_lengths
 from benchmarks.harma import HarmaAdapter
-from benchmarks.measure import measure_step
+from benchmarks.harma_losses import cleaned
+from benchmarks.measure import captured_step, measure_step
 from rsfast._dispatch import INTERPRET
 from rsfast.testing import assert_within_budget
 
-# name: how the adapters are computed, whether the model is compiled, whether padding is skipped
-STEPS = {
-    "rsfast": ("fused", False, False),
-    "harma": ("harma", False, False),
-    "rsfast-lengths": ("fused", False, True),
-    "reference": ("reference", False, False),
-    "rsfast-compiled": ("fused", True, False),
-    "harma-compiled": ("harma", True, False),
+
+@dataclass(frozen=True)
+class Arm:
+    """How a step is computed.
+
+    Args:
+        adapters: Ours ("fused"), HarMA's own ("harma", with HarMA's losses) or ours in plain PyTorch ("reference").
+        compiled: Model, and HarMA's losses, through torch.compile.
+        lengths: Tokens beyond a caption's end take no part in the adapters.
+        cut: Texts cut at the longest of the batch, which with ``lengths`` changes no feature.
+        graph: The whole step as one CUDA graph.
+    """
+
+    adapters: str
+    compiled: bool = False
+    lengths: bool = False
+    cut: bool = False
+    graph: bool = False
+
+
+STEPS = {  # what is least known first
+    "rsfast": Arm("fused"),
+    "harma": Arm("harma"),
+    "rsfast-cut": Arm("fused", lengths=True, cut=True),
+    "harma-compiled": Arm("harma", compiled=True),
+    "rsfast-graph": Arm("fused", graph=True),
+    "harma-graph": Arm("harma", graph=True),
+    "rsfast-cut-graph": Arm("fused", lengths=True, cut=True, graph=True),
+    "rsfast-lengths": Arm("fused", lengths=True),
+    "reference": Arm("reference"),
+    "rsfast-compiled": Arm("fused", compiled=True),
 }
 TINY = dict(
     embed_dim=16,
@@ -72,52 +98,81 @@ def _batch(model, size):
     return images.to(DEVICE), texts.masked_fill(position >= lengths, 0).to(DEVICE)
 
 
-def _features(model, dtype):
+def _cut(model, texts):
+    """The texts up to the last end-of-text, and the text tower for as many tokens; in place."""
+    longest = int(texts.argmax(1).max()) + 1
+    model.positional_embedding = torch.nn.Parameter(model.positional_embedding[:longest].detach(), requires_grad=False)
+    model.attn_mask, model.context_length = model.attn_mask[:longest, :longest], longest
+    return texts[:, :longest].contiguous()
+
+
+def _features(model, dtype, cut=False):
     with torch.no_grad():
         model = model.to(dtype).eval()
         images, texts = _batch(model, 4)
-        image, text, _ = model(images.to(dtype), texts)
+        image, text, _ = model(images.to(dtype), _cut(model, texts) if cut else texts)
     return image, text
 
 
 @functools.cache
-def _truth(skip_padding):
-    return [_features(_model("reference", skip_padding), dtype) for dtype in (torch.float64, torch.float32)]
+def _truth(lengths):
+    return [_features(_model("reference", lengths), dtype) for dtype in (torch.float64, torch.float32)]
+
+
+def _step(impl, batch):
+    """(a training step, the trained model, what its capture held at most or None)."""
+    arm = STEPS[impl]
+    model = _model(arm.adapters, arm.lengths).train()
+    images, texts = _batch(model, batch)
+    texts = _cut(model, texts) if arm.cut else texts
+    called, losses = model, rsfast.harma_loss
+    if arm.adapters == "harma":  # as it trains: each caption of an image of its own
+        losses = functools.partial(cleaned, image_ids=torch.arange(batch, device=DEVICE))
+    if arm.compiled:
+        torch.compiler.reset()
+        called = torch.compile(model, backend=INDUCTOR, dynamic=False)
+        losses = torch.compile(losses, backend=INDUCTOR, dynamic=False) if arm.adapters == "harma" else losses
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = dict(fused=DEVICE == "cuda", capturable=arm.graph and DEVICE == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=4e-4, betas=(0.9, 0.98), weight_decay=0.04, **options)
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            image, text, scale = called(images, texts)
+            contrastive, triplet = losses(image, text, scale)
+        (contrastive + triplet).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return (*captured_step(step), model) if arm.graph else (step, None, model)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("impl", STEPS)
 def bench_step(record, impl, batch):
-    adapters, compiled, skip_padding = STEPS[impl]
-    if adapters == "fused" and DEVICE == "cpu" and not INTERPRET:
+    arm = STEPS[impl]
+    if arm.adapters == "fused" and DEVICE == "cpu" and not INTERPRET:
         pytest.skip("fused kernels need a GPU, or TRITON_INTERPRET=1 to run slowly without one")
-    if adapters == "fused" and not TIMED["gated_adapter"].has_kernel():
+    if arm.adapters == "fused" and not TIMED["gated_adapter"].has_kernel():
         pytest.skip("the gated adapter has no kernel yet")
     for name, actual, gold, eager in zip(
-        ("image features", "text features"), _features(_model(adapters, skip_padding), torch.float32),
-        *_truth(skip_padding), strict=True,
+        ("image features", "text features"),
+        _features(_model(arm.adapters, arm.lengths), torch.float32, arm.cut),
+        *_truth(arm.lengths), strict=True,
     ):  # fmt: skip
         assert_within_budget(actual, gold, eager, terms=768, name=f"{impl} {name}")
-
-    model = _model(adapters, skip_padding).train()
-    images, texts = _batch(model, batch)
-    called = model
-    if compiled:
-        torch.compiler.reset()
-        called = torch.compile(model, backend=INDUCTOR, dynamic=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=4e-4, betas=(0.9, 0.98), weight_decay=0.04, fused=DEVICE == "cuda")
-
-    def step():
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            image, text, scale = called(images, texts)
-            contrastive, triplet = rsfast.harma_loss(image, text, scale)
-        (contrastive + triplet).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    gc.collect()
+    step, peak, model = _step(impl, batch)
     key = dict(family="step", op="harma_vit_b_32", shape=f"{batch}", dtype="bfloat16", impl=impl) | {"pass": "step"}
-    record(key, lambda benchmark, clock: measure_step(benchmark, step), moved=None, flops=step_flops(model, batch))
+    ours = None if impl == "rsfast" or DEVICE != "cuda" else lambda: _step("rsfast", batch)[0]
+    record(
+        key,
+        lambda benchmark, clock: (
+            measure_step(benchmark, step, beside=ours, samples=batch) | ({} if peak is None else {"peak_memory": peak})
+        ),
+        moved=None,
+        flops=step_flops(model, batch),
+    )
 
 
 def step_flops(model, batch: int) -> int:

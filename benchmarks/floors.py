@@ -95,6 +95,37 @@ def lora_table() -> list[str]:
     return lines
 
 
+def _slowest(passes: list[tuple[float, ...]]) -> float:
+    """Seconds: of each pass its bytes, operations of products and exponentials over their rates, the largest."""
+    return sum(max(w / r for w, r in zip(work, (COPY, PRODUCTS, EXPONENTIALS), strict=False)) for work in passes)
+
+
+def _passes(which: str) -> tuple[bool, ...]:
+    return {"forward": (False,), "backward": (True,), "forward+backward": (False, True)}[which]
+
+
+def adapter_floor(name: str, shape: tuple[int, ...], which: str) -> float:
+    """Seconds, in bf16."""
+    case, each = ADAPTERS[name], exponentials(name, shape)
+    return _slowest(
+        [(case.io_bytes(shape, 2, backward=b), case.flops(shape, backward=b), each) for b in _passes(which)]
+    )
+
+
+def loss_floor(name: str, shape: tuple[int, int]) -> float:
+    """Seconds of forward and backward, in bf16."""
+    (products, each), (n, d) = LOSSES[name], shape
+    moved = sum(TIMED[name].io_bytes(shape, 2, backward=backward) for backward in (False, True))
+    return _slowest([(moved, products * 2 * n * n * d, each * n * n)])
+
+
+def lora_floor(name: str, shape: tuple[int, ...], which: str) -> float:
+    """Seconds, in bf16; as in the table, both passes' bytes and products together."""
+    case = ROWS[name].case
+    work = [(case.io_bytes(shape, 2, backward=b), case.flops(shape, backward=b)) for b in _passes(which)]
+    return _slowest([tuple(map(sum, zip(*work, strict=True)))])
+
+
 def kmeans_work(name: str, shape: kmeans.Shape, dtype: torch.dtype) -> dict[str, int]:
     """Bytes and operations of an ideal kernel, which computes in bf16 on the parts that operands are split into.
 

@@ -1,31 +1,32 @@
-"""One command for a machine with a GPU and little time: tests on CUDA, sanitizers, then benchmarks.
+"""One command for a machine with a GPU and little time: build, tests on CUDA, sanitizers, then benchmarks.
 
     python -m benchmarks.gpu --budget 540
 
-What is measured is written row by row, so a run that is cut off keeps it. Exits with 1 if any part failed.
+Results are written as they come, what every part says goes to gpu-run.log beside them, so a run that is cut off keeps
+both. Exits with 1 if any part failed.
 """
 
 import argparse
 import importlib.util
-import itertools
 import os
 import pathlib
-import shutil
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import torch
 
-import rsfast
-import rsfast.kmeans
-from benchmarks import results
-from tests.cases import BF16, CASES, FP32
+from benchmarks import results, sanitize
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = (
+    "build",
+    "facts",
     "tests",
+    "sample",
     "memcheck",
     "racecheck",
     "ops",
@@ -35,8 +36,10 @@ PARTS = (
     "kmeans",
     "deblora",
     "step",
-)  # benchmarks: the time that is left
-AT_MOST = {"tests": 240.0, "memcheck": 60.0, "racecheck": 45.0}  # seconds, so that no part eats the others
+    "suite",
+)  # "tests" are the kernels', "suite" is all the others
+# seconds, so that no part eats the others; benchmarks get what is left
+AT_MOST = {"build": 90.0, "facts": 40.0, "tests": 150.0, "sample": 45.0, "memcheck": 45.0, "racecheck": 30.0}
 KEPT_FOR = {
     "losses": 150.0,
     "tune": 120.0,
@@ -44,6 +47,7 @@ KEPT_FOR = {
     "kmeans": 150.0,
     "deblora": 30.0,
     "step": 90.0,
+    "suite": 60.0,
 }  # seconds that the parts before leave, if so
 KERNELS = (
     "contract",
@@ -55,64 +59,119 @@ KERNELS = (
     "extension",
     "csrc",
 )  # tests that a GPU sees more of than a CPU
-SAMPLE = (
-    "gated_adapter", "gated_adapter_shared", "gated_adapter_shared_lengths",
-    "harma_loss_ids", "contrastive_loss", "triplet_loss_hardest", "sigmoid_loss",
-    "lora_linear", "lora_linear_dropout", "lora_linear_qv", "batched_lora_linear", "batched_lora_linear_dropout_qv",
-)  # fmt: skip
-KMEANS = ((300, 640, 32), (301, 33, 5), (700, 64, 300))  # what one pass serves, an odd width, many clusters
-MANY_PAIRS = (1537, 72)  # more than one launch of a loss holds, and no multiple of a tile
+LOG = "gpu-run.log"
+GRACE = 15.0  # seconds in which what is interrupted may still say what it found
+WORD = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+AFTER = re.compile(
+    rf"^(?:\[gw\d+\] \[ *\d+%\] )?({WORD}) (\S+\.py(?:::.+?)?)(?: - .*)?\s*$"
+)  # xdist's lines, the summary's
+BEFORE = re.compile(rf"^(\S+\.py::.+?) ({WORD})(?: \(.*)?(?: +\[ *\d+%\])?\s*$")
+SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] (\S+?): (.*)$", re.MULTILINE)
+QUIET = re.compile(r" (PASSED|SKIPPED)\b")  # lines for the log alone
+
+
+def files_of_tests(part: str) -> list[str]:
+    """Of the kernels, or all the others."""
+    kernels = {path for name in KERNELS for path in ROOT.glob(f"tests/test_{name}.py")}
+    chosen = kernels if part == "tests" else set(ROOT.glob("tests/test_*.py")) - kernels
+    return [str(path.relative_to(ROOT)) for path in sorted(chosen)]
 
 
 def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
     """What runs a part; benchmarks stop by themselves shortly before their time is up."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # verbose: then a run that is cut off has said what failed
+    pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-p", "no:cacheprovider"]
     chosen = ["-k", args.k] if args.k else []
-    if part == "tests":
-        several = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # kernels compile on the CPU
-        files = [str(path.relative_to(ROOT)) for name in KERNELS for path in sorted(ROOT.glob(f"tests/test_{name}.py"))]
-        # a barrier that never opens would hang: then the log says where
-        return [*pytest, "-o", "faulthandler_timeout=60", *files, *several, *chosen]
-    if part in ("memcheck", "racecheck"):
-        tool = ["compute-sanitizer", "--tool", part, "--error-exitcode", "1", "--target-processes", "all"]
-        return [*tool, sys.executable, "-m", "benchmarks.gpu", "--sample"]
     commit = ["--commit", args.commit] if args.commit else []
+    if part == "build":
+        return [sys.executable, "-m", "benchmarks.build"]
+    if part == "facts":
+        return [sys.executable, "-m", "benchmarks.facts", "--out", str(args.out), *commit]
+    if part in ("tests", "suite"):
+        several = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # kernels compile on the CPU
+        # a barrier that never opens would hang: then the log says where
+        return [*pytest, "-o", "faulthandler_timeout=60", *files_of_tests(part), *several, *chosen]
+    if part == "sample" or part in sanitize.TOOLS:
+        sample = [sys.executable, "-m", "benchmarks.sanitize"]  # first alone, so that the kernels are compiled
+        return sample if part == "sample" else sanitize.command(part, sanitize.tool(), sample)
+    own = str(max(seconds - 20, 5))
     if part == "tune":
         rsfast = [sys.executable, "-c", "import sys; from rsfast.cli import main; sys.exit(main())"]
-        return [*rsfast, "tune", "--budget", str(max(seconds - 20, 5)), *commit]
-    target = f"benchmarks/bench_{part}.py"
-    options = ["--results", str(args.out), "--budget", str(max(seconds - 20, 5)), "--benchmark-disable-gc"]
-    return [*pytest, target, *options, *commit, *chosen]
+        return [*rsfast, "tune", "--budget", own, *commit]
+    target = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"benchmarks/bench_{part}*.py"))]
+    options = ["--results", str(args.out), "--budget", own, "--benchmark-disable-gc"]
+    return [*pytest, *target, *options, *commit, *chosen]
 
 
-def sample() -> None:
-    """Launch the fused kernels forward and backward at small shapes, for a sanitizer to watch."""
-    for case in [c for c in CASES if c.name in SAMPLE and c.has_kernel()]:
-        for shape in (*case.small[:4], *[MANY_PAIRS] * ("image_features" in case.names)):
-            for dtype in (FP32, BF16):
-                leaves = [t.requires_grad_() for t in case.inputs(shape, dtype, "cuda")]
-                case.call(case.public, leaves, impl="fused").sum().backward()
-    sample_kmeans()
-    torch.cuda.synchronize()
+def environment(part: str, out: pathlib.Path) -> dict[str, str]:
+    """Caches, so that tests see no table of `rsfast tune`, benchmarks see the one in ``out``, and all share a build."""
+    plain = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "rsfast-gpu"
+    if part not in AT_MOST and part != "suite":
+        tuned = plain / "tuned" / results.slug(str(out))
+        for link, target in (
+            (tuned / "rsfast/csrc", plain / "rsfast/csrc"),
+            (tuned / "rsfast/lora", out / "rsfast/lora"),
+        ):
+            target.mkdir(parents=True, exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(target, target_is_directory=True)
+        plain = tuned
+    return {"XDG_CACHE_HOME": str(plain)} | (sanitize.ENVIRONMENT if part in sanitize.TOOLS else {})
 
 
-def sample_kmeans(device: str = "cuda") -> None:
-    """Every kernel of k-means: one pass, two passes, whole fits, mini-batches, the constraint."""
-    for (n, width, k), dtype in itertools.product(KMEANS, (FP32, BF16)):
-        x = torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        centers, weights = x[:k].float(), torch.ones(n, device=device)
-        rsfast.kmeans_step(x, centers, impl="fused")
-        step = rsfast.kmeans_step(x, centers, weights=weights, precision="fast", impl="fused")
-        rsfast.kmeans_assign(x, centers, subsidies=centers.new_zeros(k), impl="fused")
-        rsfast.kmeans_update(x, step.labels, k, weights=weights, impl="fused")
-        costs = rsfast.kmeans_distances(x, centers, impl="fused")
-        rsfast.kmeans.constrained_assign(costs, n // (2 * k), impl="fused")
-        rsfast.KMeans(k, max_iter=3, random_state=0, n_init=1).fit(x)
-        rsfast.MiniBatchKMeans(k, batch_size=512, max_iter=2, random_state=0, n_init=1).fit(x)
+def said(part: str, code: int | None, output: str) -> tuple[str, dict]:
+    """(outcome, what else is kept of a part in the results), from its exit code (None: cut off) and its output."""
+    if part in sanitize.TOOLS:
+        report = sanitize.parse(output)
+        return sanitize.verdict(code, report), report
+    if part == "build":
+        found = re.findall(r"^(compiled|built) (.+?) in ([\d.]+) s$", output, re.MULTILINE)
+        kept = {"units": {name: float(took) for word, name, took in found if word == "compiled"}}
+        if code:
+            kept["error"] = output[-4000:]
+    else:
+        kept = counted(output)
+    outcome = {0: "passed", None: "cut off", 5: "nothing selected"}.get(code, f"FAILED with {code}")
+    if code is None and (kept.get("failed") or kept.get("errors")):
+        outcome = "FAILED, and cut off"
+    return outcome, kept
 
 
-def run(parts: list[str], args: argparse.Namespace, start) -> dict[str, str]:
-    """Run the parts by ``start(command, seconds) -> exit code, None if cut off``; part -> outcome."""
+def counted(output: str) -> dict:
+    """How many tests ended how, and the names of those that failed; also of a run that never came to its summary."""
+    ended: dict[str, str] = {}
+    for line in output.splitlines():
+        if found := AFTER.match(line):
+            word, name = found.groups()
+        elif found := BEFORE.match(line):
+            name, word = found.groups()
+        else:
+            continue
+        ended[name] = word if ended.get(name) not in ("FAILED", "ERROR") else ended[name]
+    names = {"FAILED": "failed", "ERROR": "errors", "PASSED": "passed", "SKIPPED": "skipped"}
+    kept = {key: sum(word == found for found in ended.values()) for word, key in names.items() if ended}
+    wrong = [name for name, word in ended.items() if word in ("FAILED", "ERROR")]
+    reasons: dict[str, int] = {}
+    for number, _, reason in SKIPPED.findall(output):
+        reasons[reason[:120]] = reasons.get(reason[:120], 0) + int(number)
+    more = {"names": wrong[:50], "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[:30])}
+    return kept | {name: value for name, value in more.items() if value}
+
+
+def run(parts: list[str], args: argparse.Namespace, start, keep=lambda part, found: None) -> dict[str, str]:
+    """Run the parts one after the other; none that fails ends the run.
+
+    Args:
+        parts: In their order.
+        args: Of the command line.
+        start: ``start(command, seconds, environment) -> (exit code, None if cut off; output)``; the environment is
+            what differs from ours.
+        keep: Told of each part as soon as it has ended.
+
+    Returns:
+        Part -> outcome.
+    """
     begun, outcomes = time.monotonic(), {}
     for part in parts:
         left = args.budget - (time.monotonic() - begun)
@@ -120,25 +179,53 @@ def run(parts: list[str], args: argparse.Namespace, start) -> dict[str, str]:
         if part not in AT_MOST:
             left -= min(sum(later), left * len(later) / (len(later) + 1))
         seconds = min(left, AT_MOST.get(part, left))
-        if part.endswith("check") and shutil.which("compute-sanitizer") is None:
-            outcomes[part] = "skipped: compute-sanitizer is not installed"
+        found, at = {}, time.monotonic()
+        if part in sanitize.TOOLS and sanitize.tool() is None:
+            outcomes[part] = f"skipped: {sanitize.NAME} is not installed"
         elif seconds < 10:
             outcomes[part] = "skipped: no time left"
         else:
             print(f"== {part}, at most {seconds:.0f} s", flush=True)
-            code = start(command(part, args, seconds), seconds)
-            outcomes[part] = {0: "passed", None: "cut off", 5: "nothing selected"}.get(code, f"FAILED with {code}")
+            code, output = start(command(part, args, seconds), seconds, environment(part, args.out))
+            outcomes[part], found = said(part, code, output)
+        keep(part, {"outcome": outcomes[part], "seconds": round(time.monotonic() - at, 1)} | found)
     return outcomes
 
 
-def start(argv: list[str], seconds: float) -> int | None:
-    """Run a command with everything it starts in a session of its own, and end all of it when its time is up."""
-    with subprocess.Popen(argv, cwd=ROOT, start_new_session=True) as process:
+def start(argv: list[str], seconds: float, environment: dict[str, str], log: pathlib.Path) -> tuple[int | None, str]:
+    """Run a command with everything it starts in a session of its own, and end all of it when its time is up.
+
+    It is first interrupted, as by Ctrl-C, a little before: pytest then prints its failures.
+    """
+    output: list[str] = []
+
+    def read(pipe):
+        with open(log, "a") as file:
+            for line in pipe:
+                output.append(line)
+                file.write(line)
+                file.flush()
+                if not QUIET.search(line):
+                    print(line, end="", flush=True)
+
+    with open(log, "a") as file:
+        file.write(f"== {' '.join(argv)}\n")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, env=os.environ | environment, **pipes)
+    reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
+    reader.start()
+    code, grace = None, min(GRACE, seconds / 4)
+    try:
+        code = process.wait(seconds - grace)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
         try:
-            return process.wait(seconds)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return None
+            process.wait()
+    reader.join(5)  # what was started and lives on may hold the pipe
+    return code, "".join(output)
 
 
 def main() -> int:
@@ -148,21 +235,18 @@ def main() -> int:
     parser.add_argument("-k", help="select tests and benchmarks by name, as pytest does")
     parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER, help="folder of the results files")
     parser.add_argument("--commit", help="commit to write, for a copy of the tree without its git folder")
-    parser.add_argument("--sample", action="store_true", help="only launch a sample of the kernels")
     args = parser.parse_args()
     parts = args.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only takes {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU; `pytest benchmarks` runs every benchmark once without timing")
-    if args.sample:
-        sample()
-        return 0
     args.out = args.out.resolve()
-    os.environ["XDG_CACHE_HOME"] = str(
-        args.out
-    )  # the table of `rsfast tune` is a result too, and the benchmarks use it
-    outcomes = run([part for part in PARTS if part in parts], args, start)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log, writer = args.out / LOG, results.Writer(args.out, results.provenance(args.commit))
+    outcomes = run(
+        [part for part in PARTS if part in parts], args, lambda *what: start(*what, log=log), writer.check
+    )  # fmt: skip
     for part, outcome in outcomes.items():
         print(f"{part:10} {outcome}")
     return int(any("FAILED" in outcome for outcome in outcomes.values()))

@@ -40,11 +40,13 @@ def tower(impl: str, width: int, layers: int, head: int) -> nn.Module:
     with torch.device(DEVICE):
         model = nn.Sequential(*(Block(width, head) for _ in range(layers))).to(BF16 if DEVICE == "cuda" else FP32)
     model.requires_grad_(False)
-    if impl == "peft-bf16":
+    if impl.startswith("peft"):
         from peft import LoraConfig, get_peft_model
 
         options = dict(lora_dropout=DROPOUT_P, target_modules=list(LAYERS), init_lora_weights=False)
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, **options), autocast_adapter_dtype=False)
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=RANK, **options), autocast_adapter_dtype=impl == "peft"
+        )
         model = model.base_model.model
     elif impl != "frozen":
         rsfast.models.add_lora(model, RANK, RANK, dropout=DROPOUT_P, impl=impl)

@@ -220,32 +220,73 @@ def _sm_mhz() -> int | None:
         return None
 
 
-def measure_step(benchmark, run: Callable[[], object]) -> dict:
-    """Time a whole training step between two events; on a machine without a GPU run it once."""
+def measure_step(
+    benchmark, run: Callable[[], object], *, beside: Callable[[], Callable] | None = None, samples: int | None = None,
+    rounds: int = 20, warm_ups: int = WARM_UPS,
+) -> dict:  # fmt: skip
+    """Time a whole step between two events; on a machine without a GPU run it once.
+
+    Args:
+        benchmark: The fixture.
+        run: The step.
+        beside: Makes another one, once the memory of this is measured; run before each round, ``beside_seconds`` is
+            its median.
+        samples: In a step, for ``samples_per_second``.
+        rounds: Timed rounds.
+        warm_ups: Rounds before them.
+    """
     if not torch.cuda.is_available():
         benchmark.pedantic(run)
         return {}
-    benchmark.pedantic(run, rounds=20, warmup_rounds=WARM_UPS)
     gc.collect()
+    run()  # a first one allocates what stays, and may compile
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()  # of everything, the model included
-    return _summary(benchmark) | {"peak_memory": peak, "method": "events", "sm_mhz": _sm_mhz()}
+    other, took = None if beside is None else beside(), []
+
+    def setup():
+        if other is not None:
+            took.append(_between_events(other, ()))
+
+    benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=warm_ups)
+    found = _summary(benchmark) | {"peak_memory": peak, "method": "events"}
+    found |= {"beside_seconds": statistics.median(took[warm_ups:])} if took else {}
+    found |= {"samples_per_second": samples / found["seconds"]} if samples else {}
+    return found | {"sm_mhz": _sm_mhz()}
+
+
+def captured_step(step: Callable[[], object]) -> tuple[Callable[[], None], int | None]:
+    """A training step as one CUDA graph, and the bytes that were allocated while it was captured, at most.
+
+    What the graph needs stays in a pool of its own, so at a replay nothing of it is counted. Without a GPU the step
+    itself, and None.
+    """
+    if not torch.cuda.is_available():
+        return step, None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what the optimizer keeps is made in the first
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, torch.cuda.max_memory_allocated()
 
 
 def facts() -> dict[str, float]:
-    """What the machine itself does: the ceilings that percentages refer to. Rates of random bf16 products."""
+    """What percentages refer to, and what a launch costs; benchmarks/facts.py measures more of the machine."""
     gib = 2**30
     source = torch.empty(4 * gib, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     seconds = event_seconds(functools.partial(target.copy_, source))
     found = {"copy_bytes_per_second": 2 * source.nbytes / seconds}
-    del source, target
-    # a large square product, then the adapter's own: down, in_proj and up of ViT-B/16 at a batch of 256
-    for m, k, n in ((8192, 8192, 8192), (50432, 768, 128), (50432, 128, 384), (50432, 128, 768)):
-        a, b = (torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in ((m, k), (k, n)))
-        found[f"matmul_{m}x{k}x{n}_flops_per_second"] = 2 * m * k * n / event_seconds(functools.partial(torch.mm, a, b))
     found["empty_event_pair_seconds"] = event_seconds(lambda: None)
     one = torch.zeros(1, device="cuda")
     found["one_small_launch_seconds"] = event_seconds(lambda: one.add_(1))

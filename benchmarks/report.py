@@ -17,9 +17,17 @@ START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 NOTHING = "No GPU run yet: nothing has been measured, so no speed is claimed. `python -m benchmarks.gpu` measures it."
 COLUMNS = (  # left to right; an implementation not named here follows in alphabetical order
     "harma", "harma-sdpa", "harma-compiled", "harma-sdpa-compiled", "reference", "reference-compiled",
-    "reference-tuned", "rsfast", "rsfast-lengths", "rsfast-compiled", "fused",
+    "reference-tuned", "fused",
 )  # fmt: skip
-OURS = ("rsfast", "rsfast-lengths", "rsfast-compiled", "auto", "fused")
+OURS = (
+    "rsfast", "rsfast-lengths", "rsfast-cut", "rsfast-compiled", "rsfast-graph", "rsfast-cut-graph", "auto-graph",
+    "auto-unconstrained", "auto", "fused",
+)  # fmt: skip
+STEPS_SAY = (  # above their table
+    "times ours: its time over that of ours without a suffix (of the clustering: without the constraint), run in turn. "
+    "Memory: of everything, the model included. As `-graph` a step is one CUDA graph, as `-cut` texts end with the "
+    "longest of the batch."
+)
 LOSSES_SAY = (  # above their table
     "forward and backward. Times ours: their time over ours, run in turn. Four GEMMs: what cuBLAS took in the same "
     "run for four bf16 products of this size, as a share of the time. Error: of the features' gradients, relative to "
@@ -192,6 +200,40 @@ def kmeans_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def step_table(rows: list[dict]) -> list[str]:
+    """Whole steps, one line an implementation, the fastest in bold."""
+    heads = [
+        "step, batch or rows, dtype",
+        "implementation",
+        "ms",
+        "samples/s",
+        "times ours",
+        "peak memory, MB",
+        "commit",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * 4 + "---|"]
+    for (op, shape, dtype, _), group in grouped(rows).items():
+        for name, row in sorted(group.items(), key=lambda item: item[1]["seconds"]):
+            seconds, beside = row["seconds"], row.get("beside_seconds")
+            text, rate = f"{seconds * 1e3:.3f}", row.get("samples_per_second")
+            cells = [f"{op}, {shape}, {dtype}", f"**{name}**" if name in OURS else name]
+            cells += [f"**{text}**" if seconds == min(r["seconds"] for r in group.values()) else text]
+            cells += ["" if rate is None else f"{rate:.0f}", f"{seconds / beside:.2f}" if beside else ""]
+            lines.append("| " + " | ".join([*cells, f"{row['peak_memory'] / 1e6:.0f}", row["commit"][:8]]) + " |")
+    return lines
+
+
+def checked(checks: dict[str, dict]) -> str:
+    """What tests and sanitizers said, in a sentence; "" where none ran."""
+    said = []
+    for part in ("tests", "suite", "memcheck", "racecheck"):
+        if part in checks:
+            found = checks[part]
+            counts = [f"{found[k]} {k}" for k in ("passed", "failed", "errors", "skipped") if found.get(k) is not None]
+            said.append(f"{part}: {found['outcome']}" + f" ({', '.join(counts)})" * bool(counts))
+    return f"Checked on this GPU: {'; '.join(said)}.\n" if said else ""
+
+
 def _rate(row: dict | None, copy_rate: float | None) -> str:
     if row is None or not row["bytes"]:
         return ""
@@ -231,7 +273,9 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
     parts, plots = [], {}
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
+        checks = checked(found.get("checks", {}))
         if not found["rows"]:
+            parts += [f"### {found['gpu']}\n", checks] if checks else []
             continue
         facts = found.get("facts", {})
         copy_rate = facts.get("copy_bytes_per_second")
@@ -242,6 +286,7 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
             " Median milliseconds of one call, device time; bold is the fastest; memory is the first column's, then "
             f"ours. From `benchmarks/results/{path.name}`, which has every pass and row.\n"
         )
+        parts += [checks] if checks else []
         present = [f for f in FAMILIES if any(r["family"] == f for r in found["rows"])]
         for family in present + sorted({r["family"] for r in found["rows"]} - set(FAMILIES)):
             rows = [row for row in found["rows"] if row["family"] == family]
@@ -251,6 +296,8 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
                 parts += [f"**{family}**: {LORA_SAYS}\n", *lora_table(rows), ""]
             elif family == "kmeans":
                 parts += [f"**{family}**: {KMEANS_SAYS}\n", *kmeans_table(rows), ""]
+            elif family == "step":
+                parts += [f"**{family}**: {STEPS_SAY}\n", *step_table(rows), ""]
             else:
                 parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
         for kind, field, unit, factor in (("speed", "seconds", "ms", 1e3), ("memory", "peak_memory", "MB", 1e-6)):

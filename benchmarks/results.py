@@ -42,8 +42,13 @@ def provenance(known_commit: str | None = None) -> dict[str, str]:
         "triton": importlib.metadata.version("triton"),
         "cuda": str(torch.version.cuda),
         "commit": known_commit or commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """UTC, to the minute."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
 
 
 def slug(gpu: str) -> str:
@@ -83,12 +88,15 @@ def _key(row: dict) -> tuple:
 
 
 def fold(old: dict | None, new: dict) -> dict:
-    """Both files' rows, the newer of each, under the newer top; facts of the older one stay unless measured again."""
+    """Both files' rows, the newer of each, under the newer top; facts and checks of the older stay unless repeated."""
     if old is None:
         return new
     older, newer = sorted((old, new), key=lambda content: content["date"])
     rows = {_key(row): row for row in sorted(older["rows"] + newer["rows"], key=lambda row: row["date"])}
-    return newer | {"facts": older.get("facts", {}) | newer.get("facts", {}), "rows": list(rows.values())}
+    facts = older.get("facts", {}) | newer.get("facts", {})
+    both = [*older.get("checks", {}).items(), *newer.get("checks", {}).items()]
+    checks = dict(sorted(both, key=lambda item: item[1]["date"]))  # a run's top is older than what its parts write
+    return newer | {"facts": facts, "checks": checks, "rows": list(rows.values())}
 
 
 class Writer:
@@ -114,9 +122,13 @@ class Writer:
         """Write what was measured of the machine itself."""
         self._fold([], facts)
 
-    def _fold(self, rows: list[dict], facts: dict) -> None:
+    def check(self, part: str, found: dict) -> None:
+        """Write how a part of a GPU run ended: the build, tests, what a sanitizer said."""
+        self._fold([], {}, {part: found | {"commit": self.top["commit"], "date": now()}})
+
+    def _fold(self, rows: list[dict], facts: dict, checks: dict | None = None) -> None:
         old = read(self.path) if self.path.exists() else None
-        write(self.path, fold(old, self.top | {"facts": facts, "rows": rows}))
+        write(self.path, fold(old, self.top | {"facts": facts, "checks": checks or {}, "rows": rows}))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rsfast
-from benchmarks import floors, gpu, kmeans, kmeans_cpu, report
+from benchmarks import floors, kmeans, kmeans_cpu, report, sanitize
 from benchmarks import kmeans_peers as peers
 from benchmarks import kmeans_truth as truth
 from benchmarks.kmeans_peers import Found
@@ -140,11 +140,11 @@ def test_a_library_of_another_version_is_left_out(monkeypatch):
 
 
 def test_sanitizers_see_every_kernel(monkeypatch, device):
-    monkeypatch.setattr(gpu, "KMEANS", ((20, 16, 3),))
+    monkeypatch.setattr(sanitize, "KMEANS", ((20, 16, 3),))
     seen = []
     step = rsfast.kmeans_step
     monkeypatch.setattr(rsfast, "kmeans_step", lambda *args, **options: seen.append(options) or step(*args, **options))
-    gpu.sample_kmeans(device)
+    sanitize.sample_kmeans(device)
     assert [options["impl"] for options in seen] == ["fused"] * 4
 
 

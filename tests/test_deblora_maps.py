@@ -78,7 +78,7 @@ def test_class_maps_are_a_loop_over_the_classes():
     torch.testing.assert_close(maps(z), (logits.softmax(1)[..., None] * copies).sum(1))
 
 
-def test_class_maps_on_the_kernels():
+def test_class_maps_on_the_kernels(device):
     """Of small integers, so that no sum rounds; a head of zeros believes in all four classes alike, 1/4."""
     draw = torch.Generator().manual_seed(5)
     maps, z = ClassMaps(20, n_classes=4, r=1), torch.randint(-3, 4, (5, 20), generator=draw).float()
@@ -87,6 +87,7 @@ def test_class_maps_on_the_kernels():
             p.copy_(torch.randint(-3, 4, p.shape, generator=draw))
     fused = ClassMaps(20, n_classes=4, r=1, impl="fused")
     fused.load_state_dict(maps.state_dict())
+    fused, maps, z = fused.to(device), maps.to(device), z.to(device)
     assert torch.equal(fused.logits(z), maps.logits(z)) and torch.equal(fused.forward_all(z), maps.forward_all(z))
     for each in (fused, maps):
         torch.nn.init.zeros_(each.head.weight)

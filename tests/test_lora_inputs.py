@@ -33,6 +33,11 @@ def given(op, **changes):
     return args | (dict(adapter_ids=torch.tensor([2, -1])) if several else {}) | changes
 
 
+def there(op, device):
+    """The same on a device."""
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in given(op).items()}
+
+
 def call(op, impl="reference", **changes):
     return getattr(rsfast, op if op == "batched_lora_linear" else op.removeprefix("batched_"))(
         **given(op, **changes), impl=impl
@@ -141,14 +146,14 @@ def test_why_it_cannot_be_fused_is_said_in_full(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_no_second_derivative_and_no_forward_mode(op):
-    first = "s" if op.endswith("expand") else "x"
-    x = given(op)[first].requires_grad_()
-    (dx,) = torch.autograd.grad(call(op, "fused", **{first: x}).square().sum(), x, create_graph=True)
+def test_no_second_derivative_and_no_forward_mode(op, device):
+    args, first = there(op, device), "s" if op.endswith("expand") else "x"
+    x = args[first].requires_grad_()
+    (dx,) = torch.autograd.grad(call(op, "fused", **args).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative: take impl='reference'"):
         dx.sum().backward()
     with pytest.raises(NotImplementedError, match="torch.func is active"):
-        torch.func.jvp(lambda t: call(op, "fused", **{first: t}), (x.detach(),), (x.detach(),))
+        torch.func.jvp(lambda t: call(op, "fused", **args | {first: t}), (x.detach(),), (x.detach(),))
 
 
 # Autocast
@@ -156,17 +161,19 @@ def test_no_second_derivative_and_no_forward_mode(op):
 
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("op", OPS)
-def test_autocast_is_casting_by_hand(op, impl):
+def test_autocast_is_casting_by_hand(op, impl, device):
     """fp32 inputs and parameters: bf16 out, gradients in each one's own dtype, all bits those of ``.to(bf16)``."""
     results = []
     for autocast in (True, False):
-        tensors = {n: t.clone() for n, t in given(op).items() if isinstance(t, torch.Tensor) and n != "adapter_ids"}
+        args = there(op, device)
+        tensors = {n: t.clone() for n, t in args.items() if isinstance(t, torch.Tensor) and n != "adapter_ids"}
         leaves = {n: t.requires_grad_() for n, t in tensors.items() if n != "scaling"}
         cast = {n: t if autocast or n.startswith("lora") else t.to(BF16) for n, t in leaves.items()}
         options = dict(dropout_p=0.5, seed=3) if op.endswith("linear") else {}
-        with torch.autocast("cpu", BF16) if autocast else contextlib.nullcontext():
-            y = call(op, impl, **cast, **options)
-        results.append((y, *torch.autograd.grad(y, list(leaves.values()), draw(*y.shape, seed=9).to(BF16))))
+        with torch.autocast(device, BF16) if autocast else contextlib.nullcontext():
+            y = call(op, impl, **args | cast, **options)
+        dy = draw(*y.shape, seed=9).to(device, BF16)
+        results.append((y, *torch.autograd.grad(y, list(leaves.values()), dy)))
     for auto, hand in zip(*results, strict=True):
         assert auto.dtype == hand.dtype and torch.equal(auto, hand)
     assert results[0][0].dtype == BF16 and {t.dtype for t in results[0][1:]} == {FP32}

@@ -26,14 +26,14 @@ def stirred(layer):
     return layer
 
 
-def single(linear=None, **options):
-    return stirred(rsfast.LoRALinear(linear or base(), **dict(r=2, alpha=3) | options))
+def single(linear=None, device="cpu", **options):
+    return stirred(rsfast.LoRALinear(linear or base(), **dict(r=2, alpha=3) | options)).to(device)
 
 
-def several(linear=None, **options):
+def several(linear=None, device="cpu", **options):
     layer = stirred(rsfast.BatchedLoRALinear(linear or base(), **dict(num_adapters=3, r=3, ranks=(3, 1, 2)) | options))
-    layer.adapter_ids = rsfast.AdapterBatch(torch.tensor([2, -1]), layer.num_adapters)
-    return layer
+    layer.adapter_ids = rsfast.AdapterBatch(torch.tensor([2, -1], device=device), layer.num_adapters)
+    return layer.to(device)
 
 
 @pytest.mark.parametrize(
@@ -160,26 +160,26 @@ def test_what_cannot_be_merged_changes_nothing():
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("dtype", (FP16, BF16, FP64))
 @pytest.mark.parametrize("make", (single, several))
-def test_a_module_in_another_dtype(make, dtype, impl):
+def test_a_module_in_another_dtype(make, dtype, impl, device):
     """Factors follow ``.to``; those made for a 16-bit layer are in fp32. Scalings are rounded to no 16 bits."""
     impl = "reference" if dtype == FP64 else impl
-    layer = make(alpha=1, r=3, impl=impl).to(dtype)
-    y = layer(draw(2, 6, dtype=dtype))
+    layer = make(alpha=1, r=3, impl=impl, device=device).to(dtype)
+    y = layer(draw(2, 6, dtype=dtype).to(device))
     assert y.dtype == layer.lora_A.dtype == dtype and y.isfinite().all()
     y.sum().backward()
     assert {p.grad.dtype for p in (layer.lora_A, layer.lora_B)} == {dtype}
-    assert torch.equal(torch.as_tensor(layer.scaling), torch.as_tensor(make(alpha=1, r=3).scaling))
-    beside = make(base(dtype), impl=impl)
+    assert torch.equal(torch.as_tensor(layer.scaling).cpu(), torch.as_tensor(make(alpha=1, r=3).scaling))
+    beside = make(base(dtype), impl=impl, device=device)
     assert beside.lora_A.dtype == beside.lora_B.dtype == torch.promote_types(dtype, FP32)
-    beside(draw(2, 6, dtype=dtype)).sum().backward()
+    beside(draw(2, 6, dtype=dtype).to(device)).sum().backward()
     assert beside.lora_A.grad.dtype == beside.lora_A.dtype
 
 
 @pytest.mark.parametrize("again", (copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))))
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("make", (single, several))
-def test_copies_compute_the_same(make, impl, again):
-    layer, x = make(impl=impl).eval(), draw(2, 5, 6)
+def test_copies_compute_the_same(make, impl, again, device):
+    layer, x = make(impl=impl, device=device).eval(), draw(2, 5, 6).to(device)
     y = layer(x)  # a batch has its tables now
     twin = again(layer)
     assert torch.equal(twin(x), y) and twin.lora_A is not layer.lora_A
@@ -199,14 +199,14 @@ def test_copies_of_a_batch(again):
 
 @pytest.mark.parametrize("slices", (None, ((0, 1), (2, 4))))
 @pytest.mark.parametrize("impl", FUSED)
-def test_rows_beyond_a_rank_stay_zero(impl, slices):
+def test_rows_beyond_a_rank_stay_zero(impl, slices, device):
     """Through steps of AdamW with weight decay, in each slice."""
-    layer, x = several(dropout=0.3, slices=slices, impl=impl), draw(6, 6)
+    layer, x = several(dropout=0.3, slices=slices, impl=impl, device=device), draw(6, 6).to(device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
     before = [p.detach().clone() for p in (layer.lora_A, layer.lora_B)]
     for _ in range(3):
         optimizer.zero_grad()
-        layer(x, torch.tensor([0, 1, 2, 1, -1, 2])).square().sum().backward()
+        layer(x, torch.tensor([0, 1, 2, 1, -1, 2], device=device)).square().sum().backward()
         optimizer.step()
     for g, rank in enumerate(layer.ranks):
         assert not layer.lora_A[g].view(-1, 3, 6)[:, rank:].any() and not layer.lora_B[g, :, rank:].any()
@@ -217,9 +217,9 @@ def test_rows_beyond_a_rank_stay_zero(impl, slices):
 @pytest.mark.parametrize(
     "make, shape", [(single, (0, 6)), (single, (2, 0, 6)), (several, (0, 6)), (several, (0, 5, 6))]
 )
-def test_an_empty_batch(make, shape, impl):
-    layer, x = make(dropout=0.5, impl=impl), torch.empty(shape, requires_grad=True)
-    options = dict(adapter_ids=torch.empty(0, dtype=torch.int64)) if make is several else {}
+def test_an_empty_batch(make, shape, impl, device):
+    layer, x = make(dropout=0.5, impl=impl, device=device), torch.empty(shape, device=device, requires_grad=True)
+    options = dict(adapter_ids=torch.empty(0, dtype=torch.int64, device=device)) if make is several else {}
     y = layer(x, **options)
     y.sum().backward()
     assert y.shape == (*shape[:-1], 4) and x.grad.shape == shape

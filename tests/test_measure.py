@@ -169,6 +169,32 @@ def test_a_step_is_timed_between_events(monkeypatch):
     }  # fmt: skip
 
 
+def test_a_step_is_timed_in_turn_with_another_made_after_its_memory_is_known(monkeypatch):
+    world, log = Pretended(), []
+    monkeypatch.setattr(measure.torch, "cuda", world)
+    monkeypatch.setattr(world, "max_memory_allocated", lambda: log.append("memory") or 700, raising=False)
+
+    def another():
+        log.append("made")
+        return lambda: log.append("beside")
+
+    options = dict(beside=another, samples=8, rounds=3, warm_ups=1)
+    found = measure.measure_step(Benchmark(measure.DeviceClock()), lambda: log.append("step"), **options)
+    assert log == ["step", "step", "memory", "made", *["beside", "step"] * 4]
+    assert found["beside_seconds"] == pytest.approx(1e-3) and found["samples_per_second"] == pytest.approx(8000)
+    assert found["rounds"] == 3
+
+
+def test_a_captured_step_says_what_it_held_and_is_replayed(monkeypatch):
+    world, log = Pretended(), []
+    monkeypatch.setattr(measure.torch, "cuda", world)
+    monkeypatch.setattr(world, "graph", lambda graph: contextlib.nullcontext(log.append("capture")), raising=False)
+    replay, peak = measure.captured_step(lambda: log.append("step"))
+    assert log == ["step"] * 3 + ["capture", "step"] and peak == 700
+    replay()
+    assert world.log == ["new graph 0", "replay graph 0"] and len(log) == 5
+
+
 def pairs(calls):
     """The same calls with two outputs each, as of HarMA's two losses."""
     return [

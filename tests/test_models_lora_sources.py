@@ -82,13 +82,13 @@ def test_a_noted_module_computes_what_it_did(kind, dtype, autocast):
     assert torch.equal(dx, dx2)
 
 
-def test_checkpointing_recomputes_with_the_same_sources():
+def test_checkpointing_recomputes_with_the_same_sources(device):
     model = tiny_clip()
     rsfast.models.add_lora(model, r=2, impl="fused")
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
-    images, _ = inputs()
+    images, model = inputs()[0].to(device), model.to(device)
     grads = []
     for checkpointing in (False, True):
         model.zero_grad()

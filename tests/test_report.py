@@ -1,6 +1,5 @@
-"""From a measurement to README: the results file, the table, the plots, the order of a GPU run."""
+"""From a measurement to README: the results file, the table, the plots."""
 
-import argparse
 import json
 import pathlib
 import xml.etree.ElementTree as ET
@@ -8,10 +7,9 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import floors, gpu, report, results
+from benchmarks import floors, outcomes, report, results
 from benchmarks.arms import ADAPTERS, TIMED, caption_lengths, grid
 from benchmarks.measure import DeviceClock
-from tests.cases import CASES
 
 TOP = dict(gpu="Some GPU", driver="1", torch="2", triton="3", cuda="13", commit="a" * 40, date="2026-01-01T00:00Z")
 EMPTY = f"# A library\n{report.START}\n{report.END}\nThe end.\n"
@@ -105,6 +103,31 @@ def test_the_table_says_what_was_measured(root):
     assert cells["peak memory, MB"] == "5 → 1"
     assert sum("256x50x768" in line for line in lines) == 1, "the backward pass is left to the results file"
     assert any("harma_vit_b_32" in line and "**2.000**" in line for line in lines)
+
+
+def test_the_steps_table_has_rates_and_ratios(root):
+    common = dict(family="step", op="harma_vit_b_32", shape="428", bytes=None) | {"pass": "step"}
+    path = write(root, [
+        a_row(impl="rsfast", seconds=0.1, samples_per_second=4280.0, **common),
+        a_row(impl="harma", seconds=0.2, beside_seconds=0.08, samples_per_second=2140.0, **common),
+        a_row(impl="auto", seconds=3.0, **common | dict(op="deblora_clustering", shape="1000000x1280x32")),
+    ])  # fmt: skip
+    results.Writer(path.parent, TOP).check("memcheck", {"outcome": "passed", "errors": 0, "warnings": 0})
+    results.Writer(path.parent, TOP).check("tests", {"outcome": "FAILED with 1", "passed": 9, "failed": 1})
+    report.main(root, [])
+    text = (root / "README.md").read_text()
+    assert "| harma_vit_b_32, 428, bfloat16 | **rsfast** | **100.000** | 4280 |  | 5 | aaaaaaaa |" in text
+    assert "| harma_vit_b_32, 428, bfloat16 | harma | 200.000 | 2140 | 2.50 | 5 | aaaaaaaa |" in text
+    assert "| deblora_clustering, 1000000x1280x32, bfloat16 | **auto** | **3000.000** |  |  | 5 | aaaaaaaa |" in text
+    assert "tests: FAILED with 1 (9 passed, 1 failed); memcheck: passed (0 errors)." in text
+
+
+def test_what_was_checked_without_a_row_is_said_too(root):
+    results.Writer(root / "benchmarks" / "results", TOP).check("racecheck", {"outcome": "cut off"})
+    report.main(root, [])
+    assert (
+        "### Some GPU" in (root / "README.md").read_text() and "racecheck: cut off" in (root / "README.md").read_text()
+    )
 
 
 def a_loss(impl, seconds, **fields):
@@ -232,6 +255,23 @@ def test_work_is_counted_as_the_design_counts_it():
     assert 0 < short < padded / 4
 
 
+def test_notes_hold_each_kernels_floor_prediction_and_outcome():
+    text = floors.NOTES.read_text()
+    assert text == outcomes.notes_with_table(text), "run python -m benchmarks.outcomes"
+    known = {op for op, *_ in [(aim.op,) for aim in outcomes.aims()]}
+    assert {"gated_adapter", "contrastive_loss", "lora_linear_r16", "kmeans_step"} <= known
+    for aim in outcomes.aims():
+        assert aim.seconds is None or aim.floor is None or aim.floor < aim.seconds, aim
+    row = a_loss("fused", 0.04) | {"commit": "b" * 40}
+    peers = [a_loss("memeff", 0.09, beside_seconds=0.045, commit="c" * 40), a_loss("open_clip", 0.2, commit="d" * 40)]
+    lines = [line for line in outcomes.table([row, *peers]) if "contrastive_loss, 65536x512" in line]
+    name = "| contrastive_loss, 65536x512, bfloat16, forward+backward | 22.3 "
+    assert lines[0] == f"{name}| ≤ 30 ms | 40 ms (56% of the floor) | missed: 75% of it | bbbbbbbb |"
+    assert f"{name}| ≥ 3 times memeff | 2.00 | missed: 67% of it | cccccccc |" in lines
+    assert f"{name}| ≥ 4 times open_clip | 5.00 | met | dddddddd |" in lines
+    assert f"{name}| ≥ 15 times inf-cl |  |  |  |" in lines
+
+
 def test_notes_hold_the_floors_of_the_formulas():
     assert floors.NOTES.read_text() == floors.notes_with_table(), "run python -m benchmarks.floors"
     assert floors.exponentials("gated_adapter", (1, 50, 768)) == 800 * 50
@@ -250,72 +290,18 @@ def test_the_clock_is_a_clock_without_a_gpu():
     assert clock() < clock()
 
 
-@pytest.fixture
-def options(tmp_path):
-    return argparse.Namespace(budget=540.0, k="gated", out=tmp_path, commit="abc", sample=False)
-
-
-def started(outcome, options, parts=gpu.PARTS):
-    seen = {}
-
-    def start(argv, seconds):
-        seen[len(seen)] = (argv, seconds)
-        return outcome
-
-    return gpu.run(list(parts), options, start), list(seen.values())
-
-
-def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
-    outcomes, calls = started(0, options)
-    assert list(outcomes) == list(gpu.PARTS) and set(outcomes.values()) == {"passed"}
-    tests, memcheck, _, ops, losses, tune, lora, steps, deblora, step = (argv for argv, _ in calls)
-    assert {"tests/test_contract.py", "tests/test_similarity_small.py"} <= set(
-        tests
-    ) and "tests/test_cli.py" not in tests
-    assert memcheck[0] == "compute-sanitizer" and "--sample" in memcheck
-    assert {"tests/test_lora.py", "tests/test_tune.py"} & set(tests)
-    assert tune[3:5] == ["tune", "--budget"] and tune[-2:] == ["--commit", "abc"] and "rsfast.cli" in tune[2]
-    for name, argv in (
-        ("ops", ops),
-        ("losses", losses),
-        ("lora", lora),
-        ("kmeans", steps),
-        ("deblora", deblora),
-        ("step", step),
-    ):
-        assert f"benchmarks/bench_{name}.py" in argv
-        assert argv[argv.index("--commit") + 1] == "abc" and argv[argv.index("-k") + 1] == "gated"
-    given = [seconds for _, seconds in calls[3:]]
-    assert given == pytest.approx([77, 90, 120, 270, 420, 450, 540], abs=1), (
-        "for k-means 150 s, for debLoRA 30 s and for the steps 90 s are left"
-    )
-    assert float(tune[5]) == pytest.approx(100, abs=1), "tune ends by itself"
-
-
-def test_what_little_time_there_is_is_shared(options):
-    options.budget = 120.0
-    _, calls = started(0, options, ["ops", "losses", "step"])
-    assert [seconds for _, seconds in calls] == pytest.approx([40, 60, 120], abs=1)
-
-
-def test_the_sanitizers_see_every_kind_of_kernel():
-    assert {"harma_loss_ids", "batched_lora_linear_dropout_qv"} < set(gpu.SAMPLE)
-    assert set(gpu.SAMPLE) <= {case.name for case in CASES}
-
-
-def test_a_gpu_run_says_what_failed_and_what_had_no_time(options, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    outcomes, _ = started(1, options)
-    assert outcomes["tests"] == "FAILED with 1" and outcomes["memcheck"].startswith("skipped")
-    assert started(None, options, ["ops"])[0] == {"ops": "cut off"}
-    options.budget = 5.0
-    assert started(0, options, ["tests"])[0] == {"tests": "skipped: no time left"}
-
-
-def test_a_part_that_outlasts_its_time_is_ended():
-    assert gpu.start(["sleep", "30"], 0.2) is None
-    assert gpu.start(["false"], 30) == 1
+def test_what_a_run_checked_is_kept_and_replaced_by_the_next(root, monkeypatch):
+    path = write(root, [a_row()])
+    for date, outcome in (("2026-02-01T00:00Z", "FAILED with 1"), ("2026-02-01T00:05Z", "passed")):
+        monkeypatch.setattr(results, "now", lambda date=date: date)
+        results.Writer(path.parent, TOP).check("memcheck", {"outcome": outcome, "errors": 0})
+        results.Writer(path.parent, TOP).check("tests", {"outcome": "passed"})
+        write(root, [a_row(impl=outcome)], date="2026-02-01T00:02Z")  # a part's own top is newer than its run's
+    found = results.read(path)
+    assert found["checks"]["memcheck"] == {
+        "outcome": "passed", "errors": 0, "commit": "a" * 40, "date": "2026-02-01T00:05Z",
+    }  # fmt: skip
+    assert set(found["checks"]) == {"memcheck", "tests"} and len(found["rows"]) == 3 and found["facts"]
 
 
 def test_results_stand_where_report_looks():

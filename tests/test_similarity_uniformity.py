@@ -62,9 +62,9 @@ def test_sharp_and_alike(device, dtype):
     torch.testing.assert_close(dx, (2 * 2 * 8.0 / 20 * x).to(dtype))
 
 
-def test_half_of_the_scores_is_computed(monkeypatch):
+def test_half_of_the_scores_is_computed(monkeypatch, device):
     from rsfast.similarity.kernels import uniformity
 
     monkeypatch.setattr(uniformity, "BAND", 8)
-    batch = uniformity.Batch(torch.ones(32, 8), torch.ones(32, 8), diagonal=True)
+    batch = uniformity.Batch(*(torch.ones(32, 8, device=device) for _ in "ab"), diagonal=True)
     assert sum(part.N * part.M for _, _, part in uniformity._blocks(batch)) == (32 * 32 + 4 * 8 * 8) / 2
