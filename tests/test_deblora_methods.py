@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from rsfast.deblora.comparison.config import RunConfig
@@ -109,6 +110,20 @@ def test_pca_keeps_distances_of_a_plane():
     for part, plane in zip(flat, found, strict=True):
         expected = np.linalg.norm(part[:, None] - flat[0], axis=-1)
         np.testing.assert_allclose(np.linalg.norm(plane[:, None] - found[0], axis=-1), expected, atol=1e-5)
+
+
+def test_pictures_take_any_name_of_a_class(tmp_path, monkeypatch):
+    seen, legend = [], Figure.legend
+
+    def kept(figure, handles, names, **options):
+        seen.append(legend(figure, handles, names, **options))
+        return seen[0]
+
+    monkeypatch.setattr(Figure, "legend", kept)
+    z = np.arange(6.0).reshape(3, 2)
+    names = ["a$_", "_hidden", "$x_$"]
+    draw_calibration(tmp_path / "a.png", z, z, np.arange(3), z, z, classes=names, tail=[0, 1, 2])
+    assert [text.get_text().strip() for text in seen[0].get_texts()][1:4] == names
 
 
 @pytest.mark.parametrize("embedding", ["pca", "tsne"])

@@ -130,10 +130,11 @@ def test_a_class_without_rows_is_never_predicted():
             logistic_probe(x, labels, n_classes=4, Cs=[1.0], loss=loss),
             knn_probe(x, labels, n_classes=4, loss=loss),
             linear_probe(x, labels, n_classes=4, loss=loss, epochs=200, lr=0.1),
+            linear_probe(x, labels, n_classes=4, loss=loss, epochs=1, lr=1e-9),
         ):
-            assert probe.scores(x).shape == (20, 4) and set(probe.predict(x)) == {0, 2}
-    scores = logistic_probe(x, labels, n_classes=4, Cs=[1.0]).scores(x)
-    assert np.isneginf(scores[:, [1, 3]]).all() and np.isfinite(scores[:, [0, 2]]).all()
+            scores = probe.scores(x)
+            assert scores.shape == (20, 4) and set(probe.predict(x)) <= {0, 2}
+            assert np.isneginf(scores[:, [1, 3]]).all() and np.isfinite(scores[:, [0, 2]]).all()
 
 
 def test_one_class_alone():

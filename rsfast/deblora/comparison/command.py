@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 
-from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.config import CHOICES, RunConfig
 from rsfast.deblora.comparison.methods import ADAPTATIONS
 
 DEFAULT = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(RunConfig)}
@@ -40,10 +40,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
     def add(flag, text, **options):
         name = flag[2:].replace("-", "_")
-        shown = None if "choices" in options else name.upper()
-        parser.add_argument(
-            flag, help=text, **{"metavar": shown, "default": defaults.get(name, DEFAULT[name])} | options
-        )
+        shown = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
+        parser.add_argument(flag, help=text, **shown | {"default": defaults.get(name, DEFAULT[name])} | options)
 
     add("--features", "features, label, is_test and classes in an npz, or a FeatureStore", metavar="F.npz")
     add("--images", "folder of classes, DOTA or FUSRS, list file, CSV or json of labelled images", metavar="DIR")
@@ -61,15 +59,14 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--seeds", "each a run of every method", type=int, nargs="+", metavar="SEED")
     add("--clusters", "K", type=int)
     add("--rho", "balance: a cluster has at least N / (K rho) rows; 'none': no constraint", type=_number_or_none)
-    add("--clusterer", "what finds the clusters", choices=("kmeans", "minibatch", "dbscan", "hdbscan"))
+    add("--clusterer", "what finds the clusters")
     add("--alpha", "'auto', min(1, 10 / imbalance of the class), or a number", type=_number_or_auto)
-    add("--center", "what tail features are moved to; the means are controls",
-        choices=("debiased", "class-mean", "global-mean"))  # fmt: skip
-    add("--target-set", "rows that the LoRA is learned on", choices=("all", "balanced", "tail"))
+    add("--center", "what tail features are moved to; the means are controls")
+    add("--target-set", "rows that the LoRA is learned on")
     add("--imbalance", "training rows are drawn with so many times more of the largest class; 100 for the digits",
         type=float)  # fmt: skip
-    add("--groups", "head, middle and tail: thirds by size, or DOTA's list", choices=("auto", "dota"))
-    add("--f1-style", "of groups: classes' means, or as debLoRA's code", choices=("strict", "deblora"))
+    add("--groups", "head, middle and tail: thirds by size, or DOTA's list")
+    add("--f1-style", "of groups: classes' means, or as debLoRA's code")
     add("--rank", "of LoRA", type=int)
     add("--lora-alpha", "LoRA is scaled by this over the rank", type=float)
     add("--epochs", "of training with labels; 30 on features and 10 on images if not given", type=int)
@@ -78,11 +75,11 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--deblora-lr", "its peak learning rate; 3e-3 and 1e-4 if not given", type=float)
     add("--weight-decay", "of training", type=float)
     add("--batch-size", "rows a step; 128 features or 64 images if not given", type=int)
-    add("--probe", "classifier of the features", choices=("linear", "logistic", "knn"))
+    add("--probe", "classifier of the features")
     add("--val-share", "of training rows, to choose the probe's settings on", type=float)
     add("--test-share", "of all rows, where the data name no test rows", type=float)
     add("--device", "cuda if there is a GPU, else cpu, if not given")
-    add("--precision", "of a backbone; bf16 on a GPU and fp32 elsewhere if not given", choices=("fp32", "bf16", "fp16"))
+    add("--precision", "of a backbone; bf16 on a GPU and fp32 elsewhere if not given")
     add("--workers", "processes that decode images", type=int)
     parser.add_argument("--embedding", choices=("pca", "tsne"), default="pca", help="of the picture of calibration")
 

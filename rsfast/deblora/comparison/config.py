@@ -9,7 +9,15 @@ import torch
 from rsfast.deblora.comparison.methods import DEFAULT, parse_methods
 from rsfast.harma.config import check_device
 
-Clusterer = Literal["kmeans", "minibatch", "dbscan", "hdbscan"]
+CHOICES = {
+    "clusterer": ("kmeans", "minibatch", "dbscan", "hdbscan"),
+    "center": ("debiased", "class-mean", "global-mean"),
+    "target_set": ("all", "balanced", "tail"),
+    "groups": ("auto", "dota"),
+    "f1_style": ("strict", "deblora"),
+    "probe": ("linear", "logistic", "knn"),
+    "precision": ("fp32", "bf16", "fp16"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,7 @@ class RunConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     clusters: int = 32
     rho: float | None = 2.0
-    clusterer: Clusterer = "kmeans"
+    clusterer: Literal["kmeans", "minibatch", "dbscan", "hdbscan"] = "kmeans"
     alpha: str | float = "auto"
     center: Literal["debiased", "class-mean", "global-mean"] = "debiased"
     target_set: Literal["all", "balanced", "tail"] = "balanced"
@@ -125,17 +133,9 @@ class RunConfig:
             raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share!r}")
         if self.test_share is not None and not 0 < self.test_share < 1:
             raise ValueError(f"test_share must be between 0 and 1, got {self.test_share!r}")
-        for name, choices in (
-            ("clusterer", ("kmeans", "minibatch", "dbscan", "hdbscan")),
-            ("center", ("debiased", "class-mean", "global-mean")),
-            ("target_set", ("all", "balanced", "tail")),
-            ("groups", ("auto", "dota")),
-            ("f1_style", ("strict", "deblora")),
-            ("probe", ("linear", "logistic", "knn")),
-            ("precision", ("fp32", "bf16", "fp16", None)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices and not (name == "precision" and self.precision is None):
+                raise ValueError(f"{name} must be of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.precision == "fp16" and trained:
             raise ValueError(f"precision must be fp32 or bf16 where something is trained, as {trained[0]}; got 'fp16'")
         if type(self.workers) is not int or self.workers < 0:

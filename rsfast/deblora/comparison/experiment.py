@@ -13,7 +13,7 @@ from rsfast.deblora.comparison.config import RunConfig
 from rsfast.deblora.comparison.methods import Method
 from rsfast.deblora.comparison.tasks import Task
 from rsfast.deblora.data.counts import ClassCounts, make_long_tailed
-from rsfast.deblora.debiasing.calibration import augment, calibrate
+from rsfast.deblora.debiasing.calibration import augment, auto_alpha, calibrate
 from rsfast.deblora.debiasing.centers import debiased_centers
 from rsfast.deblora.debiasing.clustering import Clusters, cluster_features
 from rsfast.deblora.learning.learn import encode, learn_classes, learn_towards
@@ -80,7 +80,7 @@ def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: in
         means = np.stack([features[groups == g].mean(0) for g in np.unique(groups)])
         mu = np.broadcast_to(means[0], (len(counts), features.shape[1])).copy()
         mu[np.unique(groups)] = means
-    moved = np.flatnonzero((counts > 0) & (10 * counts < counts.max())).tolist()
+    moved = np.flatnonzero((counts > 0) & (auto_alpha(counts) < 1)).tolist()
     return Debiased(clusters, mu, calibrate(features, labels, mu, config.alpha), sorted(moved, key=lambda c: counts[c]))
 
 

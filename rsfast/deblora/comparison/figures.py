@@ -52,7 +52,7 @@ def draw_calibration(
         rest = ~np.isin(labels, shown)
         axes.scatter(*points[rest].T, s=7, color="#c4c8ce", linewidths=0, label="other classes")
         for c, colour in zip(shown, COLOURS, strict=False):
-            axes.scatter(*points[labels == c].T, s=20, color=colour, linewidths=0, alpha=0.9, label=classes[c])
+            axes.scatter(*points[labels == c].T, s=20, color=colour, linewidths=0, alpha=0.9, label=_shown(classes[c]))
         axes.scatter(*planes[2].T, s=46, marker="x", color=INK, linewidths=1.4, label="cluster centre")
         for star, colour in zip(planes[3], COLOURS, strict=False):
             axes.scatter(*star, s=190, marker="*", color=colour, edgecolors=INK, linewidths=1)
@@ -64,7 +64,11 @@ def draw_calibration(
             side.set_color(GRID)
     handles, names = panels[0].get_legend_handles_labels()
     columns = min(len(names), 6)
-    figure.legend(handles, names, loc="lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=10)
+    legend = figure.legend(
+        handles, names, loc="lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=10
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may have a $
     lines = -(-len(names) // columns)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.04 + 0.042 * lines, wspace=0.03)
     _save(figure, path)
@@ -135,6 +139,10 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _shown(name: str) -> str:
+    return f" {name}" if name.startswith("_") else name  # matplotlib hides what begins so
 
 
 def _save(figure, path: str | Path) -> None:
