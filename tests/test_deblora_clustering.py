@@ -277,6 +277,12 @@ def test_rho_at_its_border():
         (dict(memory_limit=0, method="dbscan"), "take method='minibatch', or a higher memory_limit"),
         (dict(memory_limit=0, batch_size=3), "batch_size must be at least n_clusters=4 for rows on disk, got 3"),
         (dict(checkpoint_every=0), "checkpoint_every must be an int of at least 1"),
+        (dict(method="dbscan", eps=0.0), "eps must be a number above 0, got 0.0"),
+        (dict(method="dbscan", min_samples=0), "min_samples must be an int of at least 1, got 0"),
+        (dict(method="hdbscan", min_cluster_size=1), "min_cluster_size must be an int of at least 2, got 1"),
+        (dict(method="hdbscan", max_cluster_size=0), "max_cluster_size must be an int of at least 2"),
+        (dict(method="hdbscan", min_cluster_size=241), "min_cluster_size must be at most the number of rows, 240"),
+        (dict(method="hdbscan", n_components=7), "n_components must be an int in 1..6, got 7"),
     ],
 )
 def test_what_cannot_be_clustered_is_refused(tmp_path, change, says):

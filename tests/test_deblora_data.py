@@ -216,6 +216,10 @@ def test_csv(tmp_path):
         load_labelled(tmp_path / "ids.tsv")
     with pytest.raises(ValueError, match=r"ids\.tsv, line 2: label must be in 0\.\.1, got 2"):
         load_labelled(tmp_path / "ids.tsv", tmp_path / "i", classes=["a", "b"], **keys)
+    for other in ("-1", "0"):  # no name of a class
+        (tmp_path / "c.csv").write_text(f"path,label\ni/1.png,-1\ni/2.png,{other}\n")
+        with pytest.raises(ValueError, match=r"c\.csv, line 2: label must be in 0\.\.0, got -1"):
+            load_labelled(tmp_path / "c.csv")
 
 
 def test_harma_json(tmp_path):

@@ -219,6 +219,12 @@ def test_data_sets_of_pytorch(tmp_path):
         extract(tmp_path / "broken", Pairs(broken=(3,)))
 
 
+def test_rows_of_no_split(tmp_path):
+    scenes = Scenes()
+    scenes.splits[1] = None
+    assert extract(tmp_path, scenes).splits[:3] == ["train", "", "train"]
+
+
 def test_captioned_images(tmp_path):
     images = [Scenes().load(i) for i in range(3)]
     data = CaptionedImages(images, ["a", "b", "c"], [0, 1, 2], labels=[4, -1, 2])

@@ -1,17 +1,20 @@
 """Comparisons on images: the backbone's own LoRA, and features kept between methods."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from rsfast import cli
-from rsfast.deblora import FeatureStore, RunConfig, run
+from rsfast.deblora import FeatureStore, RunConfig, experiment, run
 from rsfast.deblora.sources import backbone, opened
 from rsfast.models import lora_layers
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 TINY = dict(
     embed_dim=8,
     vision_cfg=dict(layers=1, width=16, head_width=8, patch_size=8, image_size=16),
@@ -51,6 +54,18 @@ def test_every_method_on_images(scene):
     store = FeatureStore(scene / "run" / "features")
     assert len(store) == 48 and store.dim == 8
     assert by_name["zero-shot"]["mean"] > 50  # colours are easy
+
+
+def test_images_are_encoded_a_few_at_a_time(scene, monkeypatch):
+    seen, encode = [], experiment.encode
+
+    def few(*args, batch_size, **options):
+        seen.append(batch_size)
+        return encode(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(experiment, "encode", few)
+    run(settings(scene, method="lora"))
+    assert seen == [8, 8, 8]  # training, validation and test images
 
 
 def test_lora_is_in_the_backbone_and_nothing_else_learns(scene):
@@ -95,6 +110,44 @@ def test_broken_images_are_left_out_of_all(scene):
     assert len(task.labels) == len(task.dataset) == len(task.frozen) == 47
     store = FeatureStore(scene / "run" / "features")
     assert [task.dataset.name(i) for i in range(47)] == store.names
+
+
+def test_images_without_a_test_part_are_refused_before_they_are_encoded(scene):
+    (scene / "images" / "test").rename(scene / "away")
+    with pytest.raises(ValueError, match="names no test rows: its splits are train; test_share draws some"):
+        opened(settings(scene))
+    assert not (scene / "run").exists()
+    _, task = opened(settings(scene, test_share=0.25))
+    assert np.bincount(task.labels[task.is_test]).tolist() == [3, 3, 3]
+
+
+def test_weights_of_timm_from_a_file(tmp_path):
+    whole = timm.create_model("test_vit", num_classes=5)
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    found = backbone("test_vit", str(tmp_path / "whole.pt")).state_dict()
+    assert found and all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in found.items())
+    other = dict(whole.state_dict())
+    other["blocks.0.other"] = other.pop("blocks.0.norm1.bias")
+    torch.save(other, tmp_path / "other.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for name, why in (("other", "differs in blocks.0.norm1.bias and 1 more"), ("junk", "does not fit test_vit")):
+        with pytest.raises(ValueError, match=why):
+            backbone("test_vit", str(tmp_path / f"{name}.pt"))
+    with pytest.raises(ValueError, match="junk.pt is damaged"):
+        backbone("satmae", str(tmp_path / "junk.pt"))
+
+
+def test_random_weights_are_told_of_and_the_same_when_a_run_goes_on(scene):
+    one, other = (backbone("test_vit", None).state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    with pytest.warns(UserWarning, match="tiny.json has random weights"):
+        opened(settings(scene))
+
+
+def test_a_backbone_without_attention_is_refused_before_images_are_encoded(scene):
+    with pytest.raises(ValueError, match="match nothing that can have LoRA"):
+        opened(dataclasses.replace(settings(scene, method="zero-shot,deblora"), model="test_resnet"))
+    assert not (scene / "run").exists()
 
 
 def test_models_that_are_not_there(scene, capsys):

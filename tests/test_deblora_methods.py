@@ -42,7 +42,8 @@ def test_unknown_methods_are_refused(names):
     [
         (dict(features="a.npz", images="b"), "exclude"),
         (dict(images="b"), "images need a model"),
-        (dict(model="ViT-B-32"), "model and pretrained are for images"),
+        (dict(model="ViT-B-32"), "model is for images"),
+        (dict(image_root="b", features="a.npz"), "image_root is for images"),
         (dict(seeds=()), "seeds must be"),
         (dict(seeds=(0, 0)), "seeds must differ"),
         (dict(seeds=(-1,)), "seeds must be"),
@@ -58,11 +59,18 @@ def test_unknown_methods_are_refused(names):
         (dict(test_share=0.0), "test_share"),
         (dict(probe="svm"), "probe must be of linear, logistic, knn, got 'svm'"),
         (dict(method="x"), "method must"),
+        (dict(method="zero-shot,lora", precision="fp16"), "fp32 or bf16 where something is trained, as lora"),
+        (dict(method="deblora", precision="fp16"), "as deblora"),
+        (dict(workers=-1), "workers must be"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(out="x", **settings)
+
+
+def test_nothing_that_is_trained_may_be_in_fp16():
+    assert RunConfig(out="x", method="zero-shot,calibrate", precision="fp16").precision == "fp16"
 
 
 def test_settings_are_checked_when_they_are_replaced():
@@ -87,6 +95,10 @@ def test_classes_are_averaged_by_rank():
     ]  # fmt: skip
     sizes, scores = _by_rank(rows)
     assert sizes.tolist() == [2.0, 6.0] and scores.tolist() == [40.0, 15.0]
+    rows[0]["f1"] = None
+    assert _by_rank(rows)[1].tolist() == [40.0, 20.0]
+    rows[3]["f1"] = None
+    np.testing.assert_array_equal(_by_rank(rows)[1], [40.0, np.nan])
 
 
 def test_pca_keeps_distances_of_a_plane():

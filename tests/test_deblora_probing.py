@@ -200,6 +200,11 @@ def test_neighbours_against_brute_force(fake_faiss, metric, search, k):
     )
 
 
+def test_fewer_rows_than_neighbours_asked_for(no_faiss):
+    x, labels = blobs([4, 3])
+    assert knn_probe(x, labels).chosen["k"] == 5 and knn_probe(x[:3], labels[:3]).chosen["k"] == 3
+
+
 def test_tiles_change_nothing(monkeypatch, no_faiss):
     x, labels = blobs([20, 9, 4], spread=2.0)
     whole = knn_probe(x, labels).predict(x)

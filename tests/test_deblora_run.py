@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rsfast import cli
-from rsfast.deblora import FeatureStore, LabelledFeatures, RunConfig, ablate, run, running
+from rsfast.deblora import SWEEPS, FeatureStore, LabelledFeatures, RunConfig, ablate, experiment, run, running, tasks
 from rsfast.deblora.experiment import _weights, split_rows
 from rsfast.deblora.sources import opened
 from rsfast.deblora.tasks import FeatureTask
@@ -126,16 +126,123 @@ def test_weights_of_target_sets():
     np.testing.assert_allclose(_weights(labels, [1], "balanced"), [2 / 3, 2 / 3, 2 / 3, 2])
 
 
+@pytest.mark.filterwarnings("ignore:.*is left out")
 def test_ablations_vary_one_setting_at_a_time(tmp_path):
     settings = config(tmp_path, method="deblora", seeds=(0,))
-    found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
+    with pytest.warns(UserWarning, match="clusters=64 is left out: n_clusters must be at most the number of rows, 49"):
+        found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
     names = [row["setting"] for row in found.rows]
     assert names[:2] == ["clusters=8", "clusters=16"] and "clusters=64" not in names  # fewer rows than that
     assert "alpha=auto" in names and not any(name.startswith("rank") for name in names)  # all above the width
     assert json.loads((tmp_path / "run" / "ablations.json").read_text())["rows"] == found.rows
-    assert ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"]).rows == found.rows
+    with pytest.warns(UserWarning, match="rank=8 is left out: rank must be at most 6"):
+        assert ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"]).rows == found.rows
     with pytest.raises(ValueError, match="sweep must be of .* got 'lr'"):
         ablate(settings, task(settings), sweeps=["lr"])
+
+
+def test_ablations_leave_out_what_the_data_cannot_have(tmp_path):
+    settings = config(tmp_path, method="zero-shot,calibrate", seeds=(0,))
+    with pytest.warns(UserWarning) as told:
+        found = ablate(settings, task(settings), sweeps=["rho", "clusterer"])
+    names = dict.fromkeys(row["setting"] for row in found.rows)
+    assert list(names) == [
+        "rho=none", "rho=1.25", "rho=2.0", "rho=4.0", "clusterer=kmeans", "clusterer=minibatch", "clusterer=dbscan",
+    ]  # fmt: skip
+    assert [str(one.message).split(":")[0] for one in told] == ["rho=1.0 is left out", "clusterer=hdbscan is left out"]
+    assert "rows are noise" in str(told[1].message)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="can have none of the values; rank=8 is left out"):
+        ablate(settings, task(settings), sweeps=["rank"])
+
+
+def test_ablations_of_the_rank_change_the_rank(tmp_path, monkeypatch):
+    settings = config(tmp_path, method="deblora,lora", seeds=(0,), lora_alpha=3.0)
+    monkeypatch.setitem(SWEEPS, "rank", (1, 2, 3))
+    made, low_rank = [], tasks.LowRankMap
+
+    def seen(dim, **lora):
+        made.append(lora)
+        return low_rank(dim, **lora)
+
+    monkeypatch.setattr(tasks, "LowRankMap", seen)
+    ablate(settings, task(settings), sweeps=["rank"])
+    assert made == [dict(r=r, alpha=3.0) for r in (1, 1, 2, 2, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(clusters=200), "n_clusters must be at most the number of rows, 49, got 200"),
+        (dict(rho=1.001), "rho=1.001 asks for at least N / .K rho. = 49 / .4"),
+        (dict(clusters=200, method="zero-shot,calibrate", clusterer="minibatch"), "n_clusters must"),
+        (dict(device="cuda:99"), "device cuda:99 was asked for|device 'cuda:99' cannot be used"),
+        (dict(device="tpus"), "device 'tpus' cannot be used"),
+        (dict(rank=7), "rank must be at most 6"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_done(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(config(tmp_path, **change), task(config(tmp_path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_clusters_do_not_matter_where_there_are_none(tmp_path):
+    for number, change in enumerate((dict(method="zero-shot"), dict(method="deblora", clusterer="dbscan"))):
+        settings = config(tmp_path / str(number), clusters=200, seeds=(0,), **change)
+        assert len(run(settings, task(settings)).rows) == 1
+
+
+def test_a_class_that_only_some_seeds_take_rows_for(tmp_path, monkeypatch):
+    settings = config(tmp_path, method="zero-shot", seeds=(0, 1))
+    known = running.compute
+
+    def without(task, split, method, config, seed, work, progress):
+        if seed:  # nothing of class 3 is looked for, or found
+            split = split._replace(
+                fit=split.fit[task.labels[split.fit] != 3], test=split.test[task.labels[split.test] != 3]
+            )
+        return known(task, split, method, config, seed, work, progress)
+
+    monkeypatch.setattr(running, "compute", without)
+    found = run(settings, task(settings)).by_class
+    assert len(found) == 8 and [row["class"] for row in found if row["f1"] is None] == ["class 3"]
+
+
+def test_features_in_fp64_are_trained_on(tmp_path):
+    data = blobs()
+    wide = LabelledFeatures(data.features.astype(np.float64), data.labels, data.is_test, data.classes)
+    one, other = (config(tmp_path / name, method="fine-tune,lora,clora,deblora", seeds=(0,)) for name in "ab")
+    expected = without_seconds(run(one, FeatureTask(data, one)).rows)
+    assert without_seconds(run(other, FeatureTask(wide, other)).rows) == expected
+
+
+def test_work_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
+    first, second = config(tmp_path, method="lora", epochs=3), config(tmp_path, method="lora", epochs=2)
+    probe = experiment.PROBES["knn"]
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(experiment.PROBES, "knn", killed)
+    with pytest.raises(KeyboardInterrupt):  # the training's checkpoint is there, a row is not
+        run(first, task(first))
+    assert list((tmp_path / "run").rglob("classes.pt"))
+    np.savez(tmp_path / "run" / "calibration.npz", of="an earlier run, whose results.json was removed")
+    monkeypatch.setitem(experiment.PROBES, "knn", probe)
+    alone = dataclasses.replace(second, out=str(tmp_path / "alone"))
+    assert without_seconds(run(second, task(second)).rows) == without_seconds(run(alone, task(alone)).rows)
+    assert not (tmp_path / "run" / "unfinished").exists() and not (tmp_path / "run" / "calibration.npz").exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    settings = config(tmp_path, method="zero-shot", seeds=(0, 1))
+
+    def again(row):
+        with pytest.raises(ValueError, match="is being written by another"):
+            run(settings, task(settings))
+
+    assert len(run(settings, task(settings), report=again).rows) == 2
+    assert len(run(settings, task(settings)).rows) == 2  # it has been let go
 
 
 def test_features_from_a_file_a_store_and_nowhere(tmp_path):
@@ -154,6 +261,18 @@ def test_features_from_a_file_a_store_and_nowhere(tmp_path):
     assert settings.imbalance == 100 and digits.frozen.shape[1] == 64
 
 
+def test_a_damaged_store_is_refused(tmp_path):
+    data = blobs()
+    with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:
+        store.append(data.features, data.labels, splits=np.where(data.is_test, "test", "train").tolist())
+    content = bytearray((tmp_path / "store" / "features.bin").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "store" / "features.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="store is damaged: features.bin, rows 0 to 239"):
+        run(config(tmp_path, features=str(tmp_path / "store")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_test_rows_can_be_drawn(tmp_path):
     data = blobs()
     with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:
@@ -164,7 +283,7 @@ def test_test_rows_can_be_drawn(tmp_path):
     assert np.bincount(found.labels[found.is_test]).tolist() == [15] * 4
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     data = blobs()
     path = tmp_path / "f.npz"
     np.savez(path, features=data.features, label=data.labels, is_test=data.is_test, classes=data.classes)
@@ -182,5 +301,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["deblora", "run", "--features", str(tmp_path / "no.npz"), "--out", str(tmp_path / "b")]) == 2
     assert "no.npz" in capsys.readouterr().err and not (tmp_path / "b").exists()
     ablation = ["deblora", "ablate", *arguments[2:], "--out", str(tmp_path / "c"), "--sweep", "target_set"]
-    assert cli.main(ablation) == 0
+    drawn = []
+    monkeypatch.setattr(running, "draw_calibration", lambda *_, embedding, **__: drawn.append(embedding))
+    assert cli.main([*ablation, "--embedding", "tsne"]) == 0 and drawn == ["tsne"] * 3
     assert "target_set=tail" in capsys.readouterr().out

@@ -1,13 +1,14 @@
 """One setting varied at a time, as the paper's ablations."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rsfast._files import write_json
+from rsfast.deblora.clustering import NoClusterError
 from rsfast.deblora.config import RunConfig
-from rsfast.deblora.experiment import split_rows
-from rsfast.deblora.running import RunResult, run
+from rsfast.deblora.running import RunResult, prepared, run
 from rsfast.deblora.sources import opened
 from rsfast.deblora.tasks import Task
 
@@ -30,44 +31,61 @@ def ablate(
     sweeps: Sequence[str] | None = None,
     report: Callable[[dict], None] | None = None,
     progress: bool = False,
+    embedding: str = "pca",
 ) -> RunResult:
     """:func:`run` with one setting changed at a time; all others are those of ``config``.
 
     Args:
         config: Its ``out`` gets a folder for each setting and ``ablations.json``; a part of it that is there is kept.
         task: As in :func:`run`.
-        sweeps: Of :data:`SWEEPS`; None: all. Values that the data cannot have (more clusters than rows, a rank above
-            the width) are left out.
+        sweeps: Of :data:`SWEEPS`; None: all. Values that the data cannot have (more clusters than rows, a rho that
+            asks for more than there are, a rank above the width, a clusterer that finds noise alone) are left out, and
+            a warning says so.
         report: Called with each row, which has ``setting`` too.
         progress: Show bars.
+        embedding: As in :func:`run`.
 
     Returns:
         As :func:`run`, each row with ``setting``, ``name=value``.
 
     Raises:
-        ValueError: A sweep is unknown; else as :func:`run`.
+        ValueError: A sweep is unknown, or the data can have none of the values; else as :func:`run`.
     """
     for name in sweeps or ():
         if name not in SWEEPS:
             raise ValueError(f"sweep must be of {', '.join(SWEEPS)}; got {name!r}")
     if task is None:
         config, task = opened(config, progress=progress)
-    out, rows, by_class = Path(config.out), [], []
-    rows_at_least = min(len(split_rows(task, config, seed).fit) for seed in config.seeds)
-    most = {"clusters": rows_at_least, "rank": task.frozen.shape[1]}
+    out, rows, by_class, reasons = Path(config.out), [], [], []
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
-            if name in most and value > most[name]:
-                continue
             setting = f"{name}={'none' if value is None else value}"
-
-            def tell(row: dict, setting: str = setting) -> None:
-                if report is not None:
-                    report({"setting": setting, **row})
-
             one = dataclasses.replace(config, **{name: value}, out=str(out / setting))
-            found = run(one, task, report=tell, progress=progress)
+            found, reason = _one(one, task, setting, report, dict(progress=progress, embedding=embedding))
+            if found is None:
+                reasons.append(f"{setting} is left out: {reason}")
+                warnings.warn(reasons[-1], stacklevel=2)
+                continue
             rows += [{"setting": setting, **row} for row in found.rows]
             by_class += [{"setting": setting, **row} for row in found.by_class]
             write_json(out / RESULTS, {"rows": rows})
+    if not rows:
+        raise ValueError(f"sweep: the data can have none of the values; {reasons[0]}")
     return RunResult(rows, by_class, [out / RESULTS])
+
+
+def _one(config: RunConfig, task: Task, setting: str, report, shown: dict) -> tuple[RunResult | None, str]:
+    """A run, or why there cannot be one."""
+
+    def tell(row: dict) -> None:
+        if report is not None:
+            report({"setting": setting, **row})
+
+    try:
+        prepared(config, task)
+    except ValueError as error:
+        return None, str(error)
+    try:
+        return run(config, task, report=tell, **shown), ""
+    except NoClusterError as error:
+        return None, str(error)

@@ -19,6 +19,10 @@ Method = Literal["auto", "kmeans", "minibatch", "dbscan", "hdbscan"]
 METHODS = ("auto", "kmeans", "minibatch", "dbscan", "hdbscan")
 
 
+class NoClusterError(ValueError):
+    """A density method took all rows for noise."""
+
+
 def cluster_features(
     features: Any,  # (N, D)
     n_clusters: int = 32,
@@ -77,7 +81,7 @@ def cluster_features(
         FileNotFoundError: The folder of ``checkpoint`` is not there.
         TypeError, ValueError: An argument does not fit, rows are NaN or infinite (named by index), there are fewer rows
             than K, ``rho`` cannot be met (the bound is stated), rows on disk are too large for the method asked for, a
-            density method found noise alone, or a checkpoint is damaged or of something else.
+            density method found noise alone (:class:`NoClusterError`), or a checkpoint is damaged or of something else.
 
     Precision: that of :class:`rsfast.KMeans`; standardised rows are fp32 (fp64 of fp64). Deterministic: yes, bit for
     bit. Source: debLoRA (arXiv 2410.04546), equation 1.
@@ -99,6 +103,7 @@ def cluster_features(
     if method in ("dbscan", "hdbscan"):
         options = dict(n_components=n_components, eps=eps, min_samples=min_samples)
         options |= dict(min_cluster_size=min_cluster_size, max_cluster_size=max_cluster_size)
+        density.check((len(rows), rows.dim), **options)
         rows.check()
         return _by_density(rows, method, seed, standardize, **options)
     model = _model(method, rows, **settings)
@@ -145,13 +150,18 @@ def _model(method: str, rows: Rows, n_clusters, rho, seed, max_iter, batch_size,
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
-    if n_clusters > len(rows):
-        raise ValueError(f"n_clusters must be at most the number of rows, {len(rows)}, got {n_clusters}")
-    size_bounds(len(rows), n_clusters, rho=rho)  # refuses what cannot be met
+    check_clusters(len(rows), n_clusters, rho)
     if method == "kmeans":
         return rsfast.KMeans(n_clusters, rho=rho, random_state=seed, max_iter=max_iter or 300)
     options = dict(rho=rho, random_state=seed, max_iter=max_iter or 100, batch_size=batch_size)
     return rsfast.MiniBatchKMeans(n_clusters, **options)
+
+
+def check_clusters(rows: int, n_clusters: int, rho: float | None) -> None:
+    """Refuse k-means with more clusters than rows, or a ``rho`` that cannot be met."""
+    if n_clusters > rows:
+        raise ValueError(f"n_clusters must be at most the number of rows, {rows}, got {n_clusters}")
+    size_bounds(rows, n_clusters, rho=rho)
 
 
 def _by_density(rows: Rows, method, seed, standardize, n_components, eps, min_samples, **sizes) -> Clusters:
@@ -168,7 +178,7 @@ def _by_density(rows: Rows, method, seed, standardize, n_components, eps, min_sa
         found, settings = density.hdbscan(seen, **sizes), settings | sizes
     labels = torch.from_numpy(found).long()
     if labels.max() < 0:
-        raise ValueError(f"method={method!r} found no cluster, all {len(rows)} rows are noise, with {settings}")
+        raise NoClusterError(f"method={method!r} found no cluster, all {len(rows)} rows are noise, with {settings}")
     sums, counts = rsfast.kmeans_update(x, labels, int(labels.max()) + 1)
     return _clusters(rows, (sums.double() / counts[:, None]).to(sums), labels, method, None, settings)
 

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 
 from rsfast.deblora.config import RunConfig
+from rsfast.deblora.methods import ADAPTATIONS
 
 DEFAULT = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(RunConfig)}
 
@@ -46,12 +47,17 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults) -> None:
 
     add("--features", "features, label, is_test and classes in an npz, or a FeatureStore", metavar="F.npz")
     add("--images", "folder of classes, DOTA or FUSRS, list file, CSV or json of labelled images", metavar="DIR")
-    add("--image-root", "where the images are that a file names", metavar="DIR")
+    add("--image-root", "folder or zip of the images, if not --images or the folder of the file", metavar="DIR")
     add("--image-format", "of --images, if it cannot be told")
     add("--model", "open_clip's or timm's name, 'satmae' or 'stable-diffusion', for images", metavar="NAME")
     add("--pretrained", "open_clip's tag, 'timm' for timm's own weights, or a file", metavar="TAG_OR_FILE")
     add("--out", "folder of the results", required=True, metavar="DIR")
-    add("--method", "names with commas, 'all', or of: see the README", metavar="NAMES")
+    add(
+        "--method",
+        f"names with commas: {', '.join(ADAPTATIONS)}; any of them, and '+deblora' or '+calibrate' after it; "
+        "'deblora' and 'calibrate' alone; or 'all'",
+        metavar="NAMES",
+    )
     add("--seeds", "each a run of every method", type=int, nargs="+", metavar="SEED")
     add("--clusters", "K", type=int)
     add("--rho", "balance: a cluster has at least N / (K rho) rows; 'none': no constraint", type=_number_or_none)
@@ -110,7 +116,8 @@ def ablate_command(args: argparse.Namespace) -> int:
     from rsfast.deblora.table import table
 
     sweeps = None if args.sweep is None else [name.strip() for name in args.sweep.split(",") if name.strip()]
-    result = ablate(_config(args), sweeps=sweeps, progress=sys.stderr.isatty(), report=_report("setting"))
+    bars, report = sys.stderr.isatty(), _report("setting")
+    result = ablate(_config(args), sweeps=sweeps, progress=bars, report=report, embedding=args.embedding)
     for method in dict.fromkeys(row["method"] for row in result.rows):
         print(table([row for row in result.rows if row["method"] == method], "setting", method))
     _print_files(result.files)

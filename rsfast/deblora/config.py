@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from rsfast.deblora.methods import DEFAULT, parse_methods
+from rsfast.harma.config import check_device
 
 Clusterer = Literal["kmeans", "minibatch", "dbscan", "hdbscan"]
 
@@ -90,13 +91,14 @@ class RunConfig:
     workers: int = 0
 
     def __post_init__(self):
-        parse_methods(self.method)
+        trained = [m.name for m in parse_methods(self.method) if m.trained is not None or m.step == "deblora"]
         if self.features is not None and self.images is not None:
             raise ValueError("features and images exclude each other: give one of them")
         if self.images is not None and self.model is None:
             raise ValueError("images need a model: open_clip's name or timm's")
-        if self.images is None and (self.model is not None or self.pretrained is not None):
-            raise ValueError("model and pretrained are for images; features come from where they were extracted")
+        for name in ("model", "pretrained", "image_root"):
+            if self.images is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for images, which are not given; features need none")
         if not self.seeds or any(type(seed) is not int or seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be integers of at least 0, one or more, got {self.seeds!r}")
         if len(set(self.seeds)) < len(self.seeds):
@@ -134,7 +136,13 @@ class RunConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        if self.precision == "fp16" and trained:
+            raise ValueError(f"precision must be fp32 or bf16 where something is trained, as {trained[0]}; got 'fp16'")
+        if type(self.workers) is not int or self.workers < 0:
+            raise ValueError(f"workers must be an integer of at least 0, got {self.workers!r}")
 
     def place(self) -> str:
-        """The device to compute on."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        """The device to compute on; ValueError if it is not there."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
+        return device

@@ -1,6 +1,21 @@
 """DBSCAN and HDBSCAN, the alternatives of debLoRA's authors, from scikit-learn."""
 
+import math
+
 import numpy as np
+
+
+def check(x_shape: tuple[int, int], *, n_components, eps, min_samples, min_cluster_size, max_cluster_size) -> None:
+    """ValueError that names the first of the arguments that does not fit."""
+    for name, value, least, most in (
+        ("min_samples", min_samples, 1, math.inf), ("min_cluster_size", min_cluster_size, 2, math.inf),
+        ("max_cluster_size", max_cluster_size, 2, math.inf), ("n_components", n_components, 1, min(x_shape)),
+    ):  # fmt: skip
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            limit = f"of at least {least}" if most == math.inf else f"in {least}..{most}"
+            raise ValueError(f"{name} must be an int {limit}, got {value!r}")
+    if eps is not None and not (isinstance(eps, int | float) and 0 < eps < math.inf):
+        raise ValueError(f"eps must be a number above 0, got {eps!r}")
 
 
 def dbscan(x: np.ndarray, eps: float | None, min_samples: int) -> tuple[np.ndarray, float]:
@@ -23,6 +38,8 @@ def core_distance(x: np.ndarray, min_samples: int) -> float:
 def hdbscan(x: np.ndarray, min_cluster_size: int, max_cluster_size: int | None) -> np.ndarray:
     from sklearn.cluster import HDBSCAN
 
+    if len(x) < min_cluster_size:
+        raise ValueError(f"min_cluster_size must be at most the number of rows, {len(x)}, got {min_cluster_size}")
     return HDBSCAN(min_cluster_size=min_cluster_size, max_cluster_size=max_cluster_size, copy=True).fit_predict(x)
 
 

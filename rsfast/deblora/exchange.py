@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,7 +115,7 @@ def _split(path: Path) -> str:
 def _read(path: Path, pooling: str) -> Tensor:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
         raise ValueError(f"{path} is damaged or holds more than a tensor: {type(error).__name__}: {error}") from error
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

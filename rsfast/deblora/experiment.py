@@ -117,14 +117,17 @@ def compute(
         "method": method.name, "seed": seed, **{name: f1[name] for name in ("head", "middle", "tail", "mean")},
         "inter": distances["inter"], "intra": distances["intra"], "seconds": time.perf_counter() - start,
     }  # fmt: skip
-    row = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
+    row = {name: _known(value) for name, value in row.items()}
     single = class_f1(labels["test"], predicted, len(task.classes))
     by_class = [
-        {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": float(single[c])}
-        for c, (name, n) in enumerate(zip(task.classes, split.counts.counts, strict=True))
-        if single[c] == single[c]  # else nothing is of this class, and nothing was taken for it
+        {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": _known(score)}
+        for name, n, score in zip(task.classes, split.counts.counts, single.tolist(), strict=True)
     ]
     return Outcome(row, by_class, picture)
+
+
+def _known(value):
+    return None if value != value else value  # JSON has no NaN
 
 
 class _Adaptation:
@@ -170,7 +173,7 @@ class _Adaptation:
             return np.asarray(self.task.frozen[rows], dtype=np.float32)
         if not len(rows):
             return np.empty((0, self.task.frozen.shape[1]), dtype=np.float32)
-        return encode(self.encoder, self.task.inputs(rows), **self.place)
+        return encode(self.encoder, self.task.inputs(rows), batch_size=self.task.at_once, **self.place)
 
 
 def _weights(labels: np.ndarray, tail: list[int], target_set: str) -> np.ndarray | None:

@@ -75,8 +75,8 @@ def draw_by_class(path: str | Path, rows: Sequence[dict]) -> None:
 
     Args:
         path: Ends in ``.png``.
-        rows: Dictionaries with ``method``, ``seed``, ``train`` (rows of the class in training) and ``f1`` (percent).
-            Under every seed classes are ranked by size, and what is averaged are the classes of one rank.
+        rows: Dictionaries with ``method``, ``seed``, ``train`` (training rows of the class), ``f1`` (percent, or None).
+            Under every seed classes are ranked by size, and what is averaged are the known F1 of one rank.
     """
     figure = _figure(9.5, 5.4)
     axes = figure.subplots()
@@ -105,9 +105,10 @@ def draw_by_class(path: str | Path, rows: Sequence[dict]) -> None:
 def _by_rank(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     runs = {}
     for row in rows:
-        runs.setdefault(row["seed"], []).append((row["train"], row["f1"]))
-    ranked = np.array([sorted(run) for run in runs.values()], dtype=float)  # (seeds, classes, 2)
-    return ranked[..., 0].mean(0).clip(min=0.5), ranked[..., 1].mean(0)
+        runs.setdefault(row["seed"], []).append((row["train"], row["f1"] is not None, row["f1"] or 0))
+    ranked = np.array([sorted(run) for run in runs.values()], dtype=float)  # (seeds, classes, 3)
+    sizes, known, scores = np.moveaxis(ranked, 2, 0)
+    return sizes.mean(0).clip(min=0.5), np.ma.array(scores, mask=known == 0).mean(0).filled(np.nan)
 
 
 def _plane(parts: list[np.ndarray], embedding: str, seed: int) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ class Items(Dataset):
 
     def split(self, index: int) -> str:
         splits = getattr(self.dataset, "splits", None)
-        return "" if splits is None else splits[index]
+        return "" if splits is None else splits[index] or ""
 
     @property
     def classes(self) -> list[str] | None:

@@ -58,7 +58,8 @@ def linear_probe(
         for p in head.parameters():
             p.uniform_(-(inputs.dim**-0.5), inputs.dim**-0.5, generator=generator)  # as nn.Linear starts
     head.to(device)
-    measure = class_loss(loss, torch.bincount(labels, minlength=n_classes), tau=tau).to(device)
+    counts = torch.bincount(labels, minlength=n_classes)
+    measure, known = class_loss(loss, counts, tau=tau).to(device), (counts > 0).to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=momentum)
     where, best = labels.to(device), None
     for epoch in tqdm(range(epochs), unit="epoch", disable=not progress):
@@ -69,7 +70,8 @@ def linear_probe(
             optimizer.step()
         if not head.weight.isfinite().all():
             raise ValueError(f"the weights of the probe are not finite in epoch {epoch + 1}; a lower lr may help")
-        probe = LinearProbe(head.weight.detach(), head.bias.detach(), {"epoch": epoch + 1})
+        bias = torch.where(known, head.bias.detach(), -torch.inf)
+        probe = LinearProbe(head.weight.detach(), bias, {"epoch": epoch + 1})
         if val is not None:
             probe.chosen["val_f1"] = macro_f1(val[1], probe.guess(val[0]), n_classes)
         if best is None or val is None or probe.chosen["val_f1"] > best.chosen["val_f1"]:

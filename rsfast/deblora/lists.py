@@ -62,7 +62,7 @@ def labelled_csv_rows(
                 Row(where, row[path_key].strip(), row[label_key].strip() or None,
                     split or SPLITS.get(own.lower(), own or None))
             )  # fmt: skip
-    if all(row.label is None or row.label.isdecimal() for row in rows):
+    if all(row.label is None or row.label.removeprefix("-").isdecimal() for row in rows):  # below 0 is refused later
         return [row if row.label is None else row._replace(label=int(row.label)) for row in rows]
     return rows
 

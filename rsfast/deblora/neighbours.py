@@ -35,9 +35,9 @@ class KnnProbe(Probe):
 
 
 def knn_probe(
-    features, labels, *, n_classes: int | None = None, val: tuple | None = None, loss: Loss = "ce", k: int = 5,
-    metric: Literal["cosine", "l2"] = "cosine", search: Literal["auto", "faiss", "torch"] = "auto",
-    device: torch.device | str | None = None,
+    features, labels, *, n_classes: int | None = None, val: tuple | None = None, loss: Loss = "ce",
+    k: int | None = None, metric: Literal["cosine", "l2"] = "cosine",
+    search: Literal["auto", "faiss", "torch"] = "auto", device: torch.device | str | None = None,
 ) -> KnnProbe:  # fmt: skip
     """k nearest neighbours by exact search; of classes with equal votes the one of the nearest neighbour wins.
 
@@ -48,7 +48,7 @@ def knn_probe(
         val: Not used, as nothing is chosen; taken so that all probes are called alike.
         loss: ``reweight`` and ``logit-adjust`` divide the votes of a class by the number of its rows, which for
             shares of votes is both at once; ``ce`` counts them as they are.
-        k: Neighbours that vote.
+        k: Neighbours that vote; None: 5, or all rows where there are fewer.
         metric: ``cosine`` similarity, or ``l2`` distance.
         search: ``faiss`` by its flat indices, on the CPU; ``torch`` by products on the features' device. ``auto``:
             faiss on the CPU if it is installed, else torch.
@@ -72,6 +72,7 @@ def knn_probe(
     for name, value, allowed in (("metric", metric, ("cosine", "l2")), ("search", search, ("auto", "faiss", "torch"))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    k = min(5, len(inputs)) if k is None else k
     if type(k) is not int or not 1 <= k <= len(inputs):
         raise ValueError(f"k must be a whole number from 1 to {len(inputs)}, the rows there are; got {k!r}")
     installed = importlib.util.find_spec("faiss") is not None

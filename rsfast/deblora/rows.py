@@ -93,7 +93,7 @@ def _numbered(rows: list[Row], source: str, classes, first) -> tuple[tuple[str, 
             f"{named.where}"
         )
     if bare is not None:
-        count = max(row.label for row in rows) + 1 if classes is None else len(classes)
+        count = max(0, *(row.label for row in rows)) + 1 if classes is None else len(classes)
         for row in rows:
             if not 0 <= row.label < count:
                 raise ValueError(f"{row.where}: label must be in 0..{count - 1}, got {row.label}")

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from rsfast._files import replace, write_json
+from rsfast.deblora.clustering import check_clusters
 from rsfast.deblora.config import RunConfig
-from rsfast.deblora.experiment import compute, split_rows
+from rsfast.deblora.experiment import Split, compute, split_rows
 from rsfast.deblora.figures import draw_by_class, draw_calibration
 from rsfast.deblora.methods import parse_methods
 from rsfast.deblora.sources import opened
+from rsfast.deblora.store_files import WriterLock
 from rsfast.deblora.tasks import Task
 
 RESULTS, WORK, PICTURE = "results.json", "unfinished", "calibration.npz"
@@ -29,7 +31,8 @@ class RunResult:
     Attributes:
         rows: ``method, seed, head, middle, tail, mean`` (macro F1 in percent; None: no such class), ``inter, intra``
             (cosine distances of the test features), ``seconds``.
-        by_class: ``method, seed, class, train`` (its training rows), ``f1``.
+        by_class: ``method, seed, class, train`` (its training rows), ``f1`` (percent; None: no test row is of the
+            class, or was taken for it).
         files: What was written.
     """
 
@@ -64,26 +67,53 @@ def run(
 
     Raises:
         FileNotFoundError, ValueError: A setting, a file or the data do not fit, or ``config.out`` holds a run of other
-            settings or data. What is there stays as it is.
+            settings or data, or another process runs there. What is there stays as it is.
 
     Source: debLoRA, arXiv 2410.04546; its tables' columns.
     """
     methods = parse_methods(config.method)
     out = Path(config.out)
-    known = _earlier(out / RESULTS)
+    _earlier(out / RESULTS)
+    config.place()
     if task is None:
         config, task = opened(config, progress=progress)
     settings = _settings(config, task)
-    _refuse_others(out, known, settings)
-    splits = {seed: split_rows(task, config, seed) for seed in config.seeds}
-    out.mkdir(parents=True, exist_ok=True)
+    _refuse_others(out, _earlier(out / RESULTS), settings)
+    task, splits = prepared(config, task)  # fails now, and not when other methods have been trained
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    lock = WriterLock(out / WORK)
+    try:
+        known = _earlier(out / RESULTS)
+        _refuse_others(out, known, settings)
+        rows, by_class = _computed(out, known, task, splits, methods, config, settings, report, progress)
+        shutil.rmtree(out / WORK)
+    finally:
+        lock.release()
+    return _shown(out, rows, by_class, task, methods, config, embedding)
+
+
+def prepared(config: RunConfig, task: Task) -> tuple[Task, dict[int, Split]]:
+    """The task under the settings, and each seed's rows; ValueError where these cannot have such settings."""
+    task, splits = task.under(config), {seed: split_rows(task, config, seed) for seed in config.seeds}
+    if any(method.step for method in parse_methods(config.method)) and config.clusterer in ("kmeans", "minibatch"):
+        for split in splits.values():
+            check_clusters(len(split.fit), config.clusters, config.rho)
+    return task, splits
+
+
+def _computed(out, known, task, splits, methods, config, settings, report, progress) -> tuple[list, list]:
+    """Rows that are known, and those that were not; each is written when it is there."""
+    if not known:
+        (out / PICTURE).unlink(missing_ok=True)  # of results that are gone
     rows, by_class = known.get("rows", []), known.get("by_class", [])
     done = {(row["method"], row["seed"]) for row in rows}
+    # work of other settings is none to go on with
+    mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     for method in methods:
         for seed in config.seeds:
             if (method.name, seed) in done:
                 continue
-            work = out / WORK / f"{method.name}-{seed}"
+            work = out / WORK / f"{method.name}-{seed}-{mark}"
             work.mkdir(parents=True, exist_ok=True)
             found = compute(task, splits[seed], method, config, seed, work, progress)
             rows.append(found.row)
@@ -94,7 +124,11 @@ def run(
             shutil.rmtree(work)
             if report is not None:
                 report(found.row)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    return rows, by_class
+
+
+def _shown(out, rows, by_class, task, methods, config, embedding) -> RunResult:
+    """What was asked for of all rows, and the figures."""
     order = {method.name: i for i, method in enumerate(methods)}
     asked = [row for row in rows if row["method"] in order and row["seed"] in config.seeds]
     asked.sort(key=lambda row: (order[row["method"]], config.seeds.index(row["seed"])))

@@ -1,16 +1,21 @@
 """From settings to what a comparison works on."""
 
+import copy
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from rsfast.deblora.config import RunConfig
 from rsfast.deblora.features_file import LabelledFeatures, digits, load_features
 from rsfast.deblora.loading import load_labelled
+from rsfast.deblora.methods import parse_methods
 from rsfast.deblora.store import FeatureStore
-from rsfast.deblora.tasks import IMAGES, FeatureTask, ImageTask, Task
+from rsfast.deblora.tasks import IMAGES, FeatureTask, ImageTask, Task, lora_of
+from rsfast.models import add_lora
 
 FEATURES = "features"  # of images, in the folder of results
 DIGITS_IMBALANCE = 100.0
@@ -20,7 +25,8 @@ def opened(config: RunConfig, *, progress: bool = False) -> tuple[RunConfig, Tas
     """What ``config`` names, and the settings that it stands for.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: A file, folder, model or part is not there or does not fit.
+        FileNotFoundError, ValueError, TypeError: A file, folder, model or part is not there or does not fit, or a
+            store is damaged.
     """
     if config.images is not None:
         return config, _images(config, progress)
@@ -37,6 +43,7 @@ def stored_task(store: FeatureStore, config: RunConfig, source: str) -> FeatureT
     if store.classes is None or not len(store):
         lacking = "classes" if len(store) else "rows"
         raise ValueError(f"{source} must hold features of named classes, it has no {lacking}")
+    store.verify()
     unknown = np.flatnonzero(store.labels < 0)
     if len(unknown):
         raise ValueError(f"{source}: every row needs a label, {store.names[unknown[0]]!r} has none")
@@ -67,9 +74,16 @@ def _images(config: RunConfig, progress: bool) -> ImageTask:
     from rsfast.deblora.backbones import image_encoder
     from rsfast.deblora.extraction import extract_features
 
+    methods = parse_methods(config.method)
     dataset = load_labelled(config.images, config.image_root, format=config.image_format)
+    splits = [split or "" for split in dataset.splits or [""] * len(dataset)]
+    _parts(np.array(splits), dataset.labels, config.test_share, config.images)  # refuses before hours of extraction
     model = backbone(config.model, config.pretrained)
+    if config.pretrained is None:
+        warnings.warn(f"pretrained is not given: {config.model} has random weights", stacklevel=4)
     encoder, transform = image_encoder(model)
+    if any(method.step == "deblora" or method.trained in ("lora", "class-wise") for method in methods):
+        add_lora(copy.deepcopy(encoder), **lora_of(encoder, config))  # refuses what can have none
     store = extract_features(
         model, dataset, Path(config.out) / FEATURES, workers=config.workers,
         batch_size=config.batch_size or IMAGES,
@@ -111,5 +125,29 @@ def backbone(model: str, pretrained: str | None) -> nn.Module:
         file = None if pretrained in (None, "timm") else pretrained
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"pretrained: there is no weights file {file}; 'timm' takes timm's own")
-        return timm.create_model(model, pretrained=pretrained == "timm", checkpoint_path=file or "", num_classes=0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # random weights are the same when a run goes on
+            made = timm.create_model(model, pretrained=pretrained == "timm", num_classes=0)
+        if file is not None:
+            _load_timm(made, model, file)
+        return made
     raise ValueError(f"model must be of open_clip or timm, 'satmae' or 'stable-diffusion'; neither knows {model!r}")
+
+
+def _load_timm(made: nn.Module, name: str, file: str) -> None:
+    """Weights from a file, which may have a classifier too."""
+    from timm.models import load_checkpoint
+
+    try:
+        keys = load_checkpoint(made, file, strict=False)
+    except Exception as error:  # unreadable, or of other shapes: torch, pickle, struct and zipfile say what
+        raise ValueError(f"pretrained: {file} does not fit {name}: {type(error).__name__}: {error}") from error
+    if keys is None:  # NumPy's files, which the model itself reads
+        return
+    heads = made.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    other = [*keys.missing_keys, *(key for key in keys.unexpected_keys if not key.startswith(heads))]
+    if other:
+        raise ValueError(
+            f"pretrained: {file} does not fit {name}, which differs in {other[0]} and {len(other) - 1} more"
+        )

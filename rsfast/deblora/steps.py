@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +152,7 @@ def _save(path: Path, state: dict) -> None:
 def _load(path: Path, what: dict) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
         raise ValueError(f"checkpoint: {path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise ValueError(f"checkpoint: {path} is damaged: it must hold {', '.join(sorted(KEYS))}")

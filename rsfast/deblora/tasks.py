@@ -15,9 +15,12 @@ from rsfast.deblora.maps import ClassMaps, FullMap, LowRankMap
 from rsfast.models import add_lora, set_adapter_ids
 
 TARGETS = ("q", "k", "v", "out")  # of a backbone's LoRA: the attention's maps, as the authors have it
-
-
 IMAGES = 64  # a step
+
+
+def lora_of(backbone: nn.Module, config: RunConfig) -> dict:
+    """Arguments of :func:`add_lora` for a backbone."""
+    return dict(r=config.rank, alpha=config.lora_alpha, targets=getattr(backbone, "lora_targets", TARGETS))
 
 
 class Defaults(NamedTuple):
@@ -32,7 +35,7 @@ class Defaults(NamedTuple):
 
 
 class Task(Protocol):
-    """Rows with labels, and encoders that make features of them.
+    """Rows with labels, and encoders that make features of them by the settings of a config.
 
     Attributes:
         frozen: (N, D) features without any adaptation.
@@ -42,6 +45,7 @@ class Task(Protocol):
         classes: Names of the classes.
         source: Named in messages.
         defaults: What settings that are None stand for.
+        at_once: Rows that are encoded together.
     """
 
     frozen: np.ndarray
@@ -51,6 +55,10 @@ class Task(Protocol):
     classes: Sequence[str]
     source: str
     defaults: Defaults
+    at_once: int
+
+    def under(self, config: RunConfig) -> "Task":
+        """The same rows, and encoders by other settings."""
 
     def inputs(self, rows: np.ndarray):
         """What an encoder takes for some rows."""
@@ -66,18 +74,27 @@ class FeatureTask:
     """Stored features, and maps of them."""
 
     defaults = Defaults(30, 1e-3, 60, 3e-3, 128, "fp32")
+    at_once = 1024
 
     def __init__(self, data: LabelledFeatures, config: RunConfig, is_val: np.ndarray | None = None):
         self.frozen, self.labels, self.is_test = data.features, data.labels, data.is_test
         self.is_val = np.zeros_like(self.is_test) if is_val is None else is_val
         self.classes, self.source = data.classes, data.source
         self.dim = self.frozen.shape[1]
+        self._take(config)
+
+    def under(self, config: RunConfig) -> "FeatureTask":
+        other = copy.copy(self)
+        other._take(config)
+        return other
+
+    def _take(self, config: RunConfig) -> None:
         if config.rank > self.dim:
             raise ValueError(f"rank must be at most {self.dim}, the width of the features; got {config.rank}")
         self.lora = dict(r=config.rank, alpha=config.lora_alpha)
 
     def inputs(self, rows: np.ndarray) -> FeatureInputs:
-        return FeatureInputs(self.frozen[rows])
+        return FeatureInputs(np.asarray(self.frozen[rows], dtype=np.float32))  # maps are fp32
 
     def encoder(self, trained: str | None) -> nn.Module:
         if trained == "full":
@@ -97,15 +114,19 @@ class ImageTask:
 
     def __init__(self, features: "FeatureTask", dataset, backbone: nn.Module, transform, config: RunConfig):
         self.frozen, self.labels, self.is_test = features.frozen, features.labels, features.is_test
-        self.is_val, self.classes, self.source, self.dataset = (
-            features.is_val,
-            features.classes,
-            features.source,
-            dataset,
-        )
-        self.backbone, self.transform, self.workers = backbone, transform, config.workers
+        self.is_val, self.classes, self.source = features.is_val, features.classes, features.source
+        self.dataset, self.backbone, self.transform = dataset, backbone, transform
+        self._take(config)
+
+    def under(self, config: RunConfig) -> "ImageTask":
+        other = copy.copy(self)
+        other._take(config)
+        return other
+
+    def _take(self, config: RunConfig) -> None:
+        self.workers, self.at_once = config.workers, config.batch_size or IMAGES
         self.defaults = Defaults(10, 1e-4, 10, 1e-4, IMAGES, "bf16" if config.place().startswith("cuda") else "fp32")
-        self.lora = dict(r=config.rank, alpha=config.lora_alpha, targets=getattr(backbone, "lora_targets", TARGETS))
+        self.lora = lora_of(self.backbone, config)
 
     def inputs(self, rows: np.ndarray) -> ImageInputs:
         return ImageInputs(self.dataset.subset(rows), self.transform, self.workers)

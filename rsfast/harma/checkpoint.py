@@ -7,7 +7,6 @@ them, so that a run never depends on a file that may move.
 """
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def load_last(run: Path) -> dict:
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
         raise ValueError(f"resume: {path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise ValueError(f"resume: {path} is damaged: it must hold {', '.join(sorted(STATE))}")

@@ -133,12 +133,13 @@ class TrainConfig:
         if not math.isfinite(self.margin):
             raise ValueError(f"margin must be finite, got {self.margin}")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
+        check_device(device)
         precision = self.precision or ("bf16" if device.startswith("cuda") else "fp32")
         return dataclasses.replace(self, device=device, precision=precision)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, but torch sees no GPU")
     try:

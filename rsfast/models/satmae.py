@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -105,7 +104,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
         raise ValueError(f"{path} is damaged or not safe to read: {type(error).__name__}: {error}") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
