@@ -11,7 +11,7 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 where it did its work, 2 where the user has to change something."""
     from rsfast import info, tune
-    from rsfast.deblora import command as deblora
+    from rsfast.deblora.comparison import command as deblora
     from rsfast.harma import command as harma
     from rsfast.harma import demo
 

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 
 from rsfast.deblora import extract_features
-from rsfast.deblora import store_files as files
+from rsfast.deblora.features import files as files
 from rsfast.harma import BrokenImageError
 
 

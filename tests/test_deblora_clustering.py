@@ -9,8 +9,8 @@ import torch
 
 import rsfast
 from rsfast import deblora
-from rsfast.deblora import streaming
-from rsfast.deblora.scaling import Scaling
+from rsfast.deblora.debiasing import streaming
+from rsfast.deblora.debiasing.scaling import Scaling
 
 K = 4
 

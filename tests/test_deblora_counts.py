@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rsfast.deblora import ClassCounts, make_long_tailed
-from rsfast.deblora.counts import DOTA_GROUPS
+from rsfast.deblora.data.counts import DOTA_GROUPS
 
 
 def labels_of(*counts):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rsfast.deblora import load_labelled
-from rsfast.deblora.counts import DOTA_GROUPS
+from rsfast.deblora.data.counts import DOTA_GROUPS
 from tests.deblora_world import picture, write
 
 DOTA15 = tuple(name for names in DOTA_GROUPS.values() for name in names)

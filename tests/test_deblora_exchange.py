@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from rsfast.deblora import FeatureStore, exchange, export_parquet, import_pt
+from rsfast.deblora import FeatureStore, export_parquet, import_pt
+from rsfast.deblora.features import exchange
 from tests.scenes import contents
 
 CROPS = ["train/plane/b_1", "train/plane/b_2", "train/ship/a", "val/ship/c.d", "val/ship/e"]

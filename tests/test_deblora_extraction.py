@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from rsfast.deblora import FeatureStore, image_encoder, sample_seed
-from rsfast.deblora.backbones import described
+from rsfast.deblora.features.backbones import described
 from rsfast.harma import CaptionedImages
 from rsfast.models import add_lora, lora_layers
 from tests.scenes import Mean, Scenes, contents, extract, pixels

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from rsfast import cli
-from rsfast.deblora import FeatureStore, RunConfig, experiment, run
-from rsfast.deblora.sources import backbone, opened
+from rsfast.deblora import FeatureStore, RunConfig, run
+from rsfast.deblora.comparison import experiment
+from rsfast.deblora.comparison.sources import backbone, opened
 from rsfast.models import lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")

@@ -19,9 +19,9 @@ from rsfast.deblora import (
     encode,
     learn_classes,
     learn_towards,
-    steps,
 )
-from rsfast.deblora.losses import balanced_weights, log_prior
+from rsfast.deblora.learning import steps
+from rsfast.deblora.learning.losses import balanced_weights, log_prior
 from rsfast.models import add_lora
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsfast.deblora.config import RunConfig
-from rsfast.deblora.figures import COLOURS, _by_rank, _plane, draw_by_class, draw_calibration
-from rsfast.deblora.methods import DEFAULT, METHODS, parse_methods
-from rsfast.deblora.table import table
+from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.figures import COLOURS, _by_rank, _plane, draw_by_class, draw_calibration
+from rsfast.deblora.comparison.methods import DEFAULT, METHODS, parse_methods
+from rsfast.deblora.comparison.table import table
 
 ROW = dict(method="lora", seed=0, head=90.0, middle=80.0, tail=10.0, mean=60.0, inter=0.5, intra=0.25, seconds=1.0)
 

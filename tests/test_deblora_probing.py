@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from rsfast.deblora import PROBES, hold_out, knn_probe, linear_probe, logistic_probe
-from rsfast.deblora.probe import macro_f1
+from rsfast.deblora.probes.probe import macro_f1
 
 
 def blobs(counts, dim=5, spread=1.0, seed=0):
@@ -208,7 +208,7 @@ def test_fewer_rows_than_neighbours_asked_for(no_faiss):
 def test_tiles_change_nothing(monkeypatch, no_faiss):
     x, labels = blobs([20, 9, 4], spread=2.0)
     whole = knn_probe(x, labels).predict(x)
-    monkeypatch.setattr("rsfast.deblora.neighbours.TILE", 70)  # two queries at a time
+    monkeypatch.setattr("rsfast.deblora.probes.neighbours.TILE", 70)  # two queries at a time
     assert np.array_equal(knn_probe(x, labels).predict(x), whole)
 
 

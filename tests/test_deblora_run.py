@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from rsfast import cli
-from rsfast.deblora import SWEEPS, FeatureStore, LabelledFeatures, RunConfig, ablate, experiment, run, running, tasks
-from rsfast.deblora.experiment import _weights, split_rows
-from rsfast.deblora.sources import opened
-from rsfast.deblora.tasks import FeatureTask
+from rsfast.deblora import SWEEPS, FeatureStore, LabelledFeatures, RunConfig, ablate, run
+from rsfast.deblora.comparison import experiment, running, tasks
+from rsfast.deblora.comparison.experiment import _weights, split_rows
+from rsfast.deblora.comparison.sources import opened
+from rsfast.deblora.comparison.tasks import FeatureTask
 
 KEYS = ["method", "seed", "head", "middle", "tail", "mean", "inter", "intra", "seconds"]
 QUICK = dict(clusters=4, epochs=2, deblora_epochs=2, rank=2, seeds=(0, 1), probe="knn", method="zero-shot,lora,deblora")

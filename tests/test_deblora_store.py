@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rsfast.deblora import FeatureStore
-from rsfast.deblora import store_files as files
+from rsfast.deblora.features import files as files
 from tests.scenes import contents
 
 FORK = multiprocessing.get_context("fork")  # quick, and safe where a child only uses NumPy

@@ -142,3 +142,12 @@ def test_no_function_hides_its_module():
 def test_files_stay_short():
     for path in [p for top in ("rsfast", "tests", "benchmarks") for p in (ROOT.parent / top).rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, f"{path} is too long; split it"
+
+
+def test_debloras_parts_stand_on_those_below():
+    order = ("arrays", "data", "features", "debiasing", "learning", "probes", "comparison")
+    for path in (ROOT / "deblora").rglob("*.py"):
+        part = path.relative_to(ROOT / "deblora").parts[0].removesuffix(".py")
+        for name in imports(path) if part != "__init__" else ():
+            other = name.split(".")[2:3] if name.startswith("rsfast.deblora.") else []
+            assert all(o in order and order.index(o) <= order.index(part) for o in other), f"{part} may not use {name}"

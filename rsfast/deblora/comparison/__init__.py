@@ -1,0 +1,1 @@
+"""Methods compared: settings, runs, tables, figures, the command."""

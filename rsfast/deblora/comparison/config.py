@@ -1,0 +1,148 @@
+"""The settings of a comparison."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+
+from rsfast.deblora.comparison.methods import DEFAULT, parse_methods
+from rsfast.harma.config import check_device
+
+Clusterer = Literal["kmeans", "minibatch", "dbscan", "hdbscan"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of :func:`rsfast.deblora.run`; K and the rank are debLoRA's (arXiv 2410.04546).
+
+    Args:
+        out: Folder of the results.
+        features: An ``.npz`` with ``features``, ``label``, ``is_test``, ``classes``, or the folder of a
+            :class:`FeatureStore` with splits. Neither features nor images: scikit-learn's digits.
+        images: What :func:`load_labelled` reads: a folder, a list file.
+        image_root: Where the images are that a file names.
+        image_format: As in :func:`load_labelled`.
+        model: open_clip's or timm's name, for images.
+        pretrained: Weights of the model, see :func:`rsfast.deblora.comparison.sources.backbone`.
+        method: Names of methods, see :data:`rsfast.deblora.METHODS`.
+        seeds: A run of every method for each: of the long tail drawn, of clustering, of training.
+        clusters: K.
+        rho: Balance of clusters, n_k >= N / (K rho); 2 since the paper's value is unknown to us. None: no constraint.
+        clusterer: ``kmeans``, ``minibatch``, ``dbscan`` or ``hdbscan``.
+        alpha: ``"auto"`` is the paper's min(1, 10 / ir_c), or one number for all tail classes.
+        center: What tail features are moved to: ``"debiased"`` centres; or, to see what these do, the ``"class-mean"``
+            or the ``"global-mean"`` of the training features.
+        target_set: What the LoRA is learned on: ``"all"`` training rows, as the paper's equation 4 reads, of which the
+            head's targets are the features themselves; ``"balanced"``: all, each class with the same weight in total;
+            ``"tail"``: rows of the classes that are moved.
+        imbalance: Training rows are drawn so that the largest class has so many times the smallest's. None: all rows;
+            100 for the digits.
+        groups: ``"auto"`` (thirds by size) or ``"dota"``, as in :class:`ClassCounts`.
+        f1_style: As in :func:`grouped_f1`.
+        rank: Of LoRA.
+        lora_alpha: LoRA is scaled by ``lora_alpha / rank``.
+        epochs: Of training with labels. None: 30 on features, 10 on images.
+        lr: Peak learning rate of that. None: 1e-3 on features, 1e-4 on images, a tenth for fine-tuning.
+        deblora_epochs: Of learning towards calibrated features. None: 60 on features, 10 on images.
+        deblora_lr: Peak learning rate of that. None: 3e-3 on features, 1e-4 on images.
+        weight_decay: Of both.
+        batch_size: Rows a step. None: 128 features, 64 images.
+        probe: ``linear`` (the authors'), ``logistic`` or ``knn``.
+        val_share: Share of each class's training rows on which the probe's settings are chosen, as :func:`hold_out`
+            draws them, where the data have no validation rows of their own. 0: none.
+        test_share: Share of each class's rows that become test rows, where the data have none of their own.
+        device: Default: a GPU if there is one.
+        precision: Of a backbone, ``fp32``, ``bf16`` or ``fp16``; default bf16 on a GPU, fp32 elsewhere.
+        workers: Processes that decode images.
+    """
+
+    out: str
+    features: str | None = None
+    images: str | None = None
+    image_root: str | None = None
+    image_format: str = "auto"
+    model: str | None = None
+    pretrained: str | None = None
+    method: str = ",".join(DEFAULT)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    clusters: int = 32
+    rho: float | None = 2.0
+    clusterer: Clusterer = "kmeans"
+    alpha: str | float = "auto"
+    center: Literal["debiased", "class-mean", "global-mean"] = "debiased"
+    target_set: Literal["all", "balanced", "tail"] = "balanced"
+    imbalance: float | None = None
+    groups: Literal["auto", "dota"] = "auto"
+    f1_style: Literal["strict", "deblora"] = "strict"
+    rank: int = 8
+    lora_alpha: float = 8.0
+    epochs: int | None = None
+    lr: float | None = None
+    deblora_epochs: int | None = None
+    deblora_lr: float | None = None
+    weight_decay: float = 0.01
+    batch_size: int | None = None
+    probe: Literal["linear", "logistic", "knn"] = "logistic"
+    val_share: float = 0.2
+    test_share: float | None = None
+    device: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    workers: int = 0
+
+    def __post_init__(self):
+        trained = [m.name for m in parse_methods(self.method) if m.trained is not None or m.step == "deblora"]
+        if self.features is not None and self.images is not None:
+            raise ValueError("features and images exclude each other: give one of them")
+        if self.images is not None and self.model is None:
+            raise ValueError("images need a model: open_clip's name or timm's")
+        for name in ("model", "pretrained", "image_root"):
+            if self.images is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for images, which are not given; features need none")
+        if not self.seeds or any(type(seed) is not int or seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds must be integers of at least 0, one or more, got {self.seeds!r}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ from each other, got {self.seeds!r}")
+        for name in ("clusters", "rank", "epochs", "deblora_epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is None and name not in ("clusters", "rank"):
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, least in (("rho", 1), ("imbalance", 1)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+        for name in ("lora_alpha", "lr", "deblora_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
+        if self.alpha != "auto" and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1):
+            raise ValueError(f"alpha must be 'auto' or a number from 0 to 1, got {self.alpha!r}")
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share!r}")
+        if self.test_share is not None and not 0 < self.test_share < 1:
+            raise ValueError(f"test_share must be between 0 and 1, got {self.test_share!r}")
+        for name, choices in (
+            ("clusterer", ("kmeans", "minibatch", "dbscan", "hdbscan")),
+            ("center", ("debiased", "class-mean", "global-mean")),
+            ("target_set", ("all", "balanced", "tail")),
+            ("groups", ("auto", "dota")),
+            ("f1_style", ("strict", "deblora")),
+            ("probe", ("linear", "logistic", "knn")),
+            ("precision", ("fp32", "bf16", "fp16", None)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        if self.precision == "fp16" and trained:
+            raise ValueError(f"precision must be fp32 or bf16 where something is trained, as {trained[0]}; got 'fp16'")
+        if type(self.workers) is not int or self.workers < 0:
+            raise ValueError(f"workers must be an integer of at least 0, got {self.workers!r}")
+
+    def place(self) -> str:
+        """The device to compute on; ValueError if it is not there."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
+        return device

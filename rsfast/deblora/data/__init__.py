@@ -1,0 +1,1 @@
+"""Labelled images and features, and how often each class occurs."""

@@ -1,0 +1,1 @@
+"""Clusters, de-biased centres and calibrated features."""

@@ -1,0 +1,1 @@
+"""Learning a LoRA, or a map of features."""

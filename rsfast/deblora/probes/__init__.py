@@ -1,0 +1,1 @@
+"""Classifiers of features, and what measures them."""
