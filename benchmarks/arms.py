@@ -114,13 +114,15 @@ PEERS = {  # of the gated adapter without lengths, which HarMA's does not know
     "harma-sdpa": functools.partial(_harma, need_weights=False),
     "harma-compiled": functools.partial(_harma, prepare=compiled),
     "harma-sdpa-compiled": functools.partial(_harma, prepare=compiled, need_weights=False),
+    "harma-sdpa-tuned": functools.partial(_harma, prepare=_tuned, need_weights=False),
 } | {
     name: functools.partial(_harma, prepare=_attending_by(backend), need_weights=False)
     for name, backend in FORCED.items()
 }  # fmt: skip
 ORDER = (
     "fused", "harma", "harma-sdpa", "reference",
-    "reference-compiled", "harma-sdpa-compiled", "harma-compiled", "reference-tuned", *FORCED,
+    "reference-compiled", "harma-sdpa-compiled", "harma-compiled", "harma-sdpa-tuned", "reference-tuned",
+    *FORCED,
 )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def grid():
     dtype = BF16 if DEVICE == "cuda" else FP32
     for impl in ORDER:
         for name, case in ADAPTERS.items():
-            if impl in implementations(case) and (DEVICE == "cuda" or impl not in ("reference-tuned", *FORCED)):
+            if impl in implementations(case) and (DEVICE == "cuda" or not impl.endswith(("-tuned", *FORCED))):
                 yield from ((name, shape, dtype, impl) for shape in _shapes(case))
     if DEVICE == "cuda":  # HarMA itself trains in fp32
         for impl in ORDER[:4]:
@@ -188,7 +190,7 @@ def prepared(name: str, shape: tuple[int, ...], dtype: torch.dtype, impl: str) -
     tensors, dy, gold, eager = truth(name, shape, dtype)
     build = implementations(case)[impl]
     if impl in PEERS:
-        plain = PEERS["harma-sdpa" if impl in FORCED else impl.removesuffix("-compiled")]
+        plain = PEERS["harma-sdpa" if impl in FORCED else impl.removesuffix("-compiled").removesuffix("-tuned")]
         few = (2, *shape[1:])
         exact = truth(name, few, torch.float64)
         check(case, few, _results(plain(case, exact[0]), exact[1]), *exact)  # the same maths as ours

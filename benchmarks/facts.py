@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import rsfast
 from benchmarks import measure, results
@@ -47,9 +48,13 @@ BARRIERS = 64
 
 @triton.jit
 def product_kernel(
-    a_ptr, b_ptr, c_ptr, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr
+    a_ptr, b_ptr, c_ptr, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """c = a b^T, a (m, k), b (n, k), all contiguous, fp32 sums; row tiles in groups of 8, so that b stays cached."""
+    """c = a b^T, a (m, k), b (n, k), all contiguous, fp32 sums; row tiles in groups of 8, so that b stays cached.
+
+    With TMA a and b are tensor descriptors of blocks (BM, BK) and (BN, BK).
+    """
     rows_of_tiles, columns_of_tiles = tl.cdiv(m, BM), tl.cdiv(n, BN)
     group = tl.program_id(0) // (8 * columns_of_tiles)
     height = tl.minimum(rows_of_tiles - group * 8, 8)
@@ -58,11 +63,15 @@ def product_kernel(
     columns = inside // height * BN + tl.arange(0, BN)
     at = (rows % m).to(tl.int64)[:, None] * k + tl.arange(0, BK)
     bt = (columns % n).to(tl.int64)[:, None] * k + tl.arange(0, BK)
+    row, column = (group * 8 + inside % height) * BM, inside // height * BN
     total = tl.zeros((BM, BN), tl.float32)
     for start in tl.range(0, k, BK, num_stages=STAGES):
-        within = tl.arange(0, BK)[None, :] < k - start
-        a = tl.load(a_ptr + at + start, mask=within, other=0.0)
-        b = tl.load(b_ptr + bt + start, mask=within, other=0.0)
+        if TMA:
+            a, b = a_ptr.load([row, start]), b_ptr.load([column, start])
+        else:
+            within = tl.arange(0, BK)[None, :] < k - start
+            a = tl.load(a_ptr + at + start, mask=within, other=0.0)
+            b = tl.load(b_ptr + bt + start, mask=within, other=0.0)
         total = tl.dot(a, tl.trans(b), total)
     c = c_ptr + rows.to(tl.int64)[:, None] * n + columns
     tl.store(c, total.to(c_ptr.dtype.element_ty), mask=(rows[:, None] < m) & (columns < n))
@@ -90,12 +99,14 @@ def barriers_kernel(counters_ptr, TIMES: tl.constexpr):
         tl.debug_barrier()
 
 
-def triton_product(a: Tensor, b: Tensor, tiles=TILES[0]) -> Tensor:
+def triton_product(a: Tensor, b: Tensor, tiles: tuple[int, ...], tma: bool) -> Tensor:
     """a b^T by a plain Triton kernel."""
     (m, k), n, (bm, bn, bk, warps, stages) = a.shape, len(b), tiles
     c = torch.empty(m, n, dtype=a.dtype, device=a.device)
     grid = (triton.cdiv(m, bm) * triton.cdiv(n, bn),)
-    product_kernel[grid](a, b, c, m, n, k, BM=bm, BN=bn, BK=bk, STAGES=stages, num_warps=warps)
+    if tma:
+        a, b = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
+    product_kernel[grid](a, b, c, m, n, k, BM=bm, BN=bn, BK=bk, STAGES=stages, TMA=tma, num_warps=warps)
     return c
 
 
@@ -114,7 +125,7 @@ def bf16(*size: int) -> Tensor:
 
 
 def products(shapes, with_triton: bool = False) -> dict[str, float]:
-    """cuBLAS's rate, and the best of TILES: ``triton_tax`` is how many times as long that takes."""
+    """cuBLAS's rate, and the best of TILES by pointers or TMA: ``triton_tax`` is how many times as long that takes."""
     found = {}
     for m, k, n in shapes:
         a, b, flops, name = bf16(m, k), bf16(n, k), 2 * m * k * n, f"{m}x{k}x{n}"
@@ -123,16 +134,18 @@ def products(shapes, with_triton: bool = False) -> dict[str, float]:
         if not with_triton:
             continue
         exact, took = torch.mm(a, b.mT).float(), {}
-        for tiles in TILES:
+        for how in itertools.product(TILES, (False, True)):
+            run = functools.partial(triton_product, a, b, *how)
             try:
-                error = (triton_product(a, b, tiles).float() - exact).norm() / exact.norm()
+                error = (run().float() - exact).norm() / exact.norm()
             except triton.runtime.errors.OutOfResources:
                 continue
-            assert error < 1e-2, f"the Triton product of {name} by {tiles} is wrong by {error}"
-            took[tiles] = steady(lambda a=a, b=b, tiles=tiles: triton_product(a, b, tiles))
+            assert error < 1e-2, f"the Triton product of {name} by {how} is wrong by {error}"
+            took[how] = steady(run)
         best = min(took, key=took.get)
         found |= {f"triton_matmul_{name}_flops_per_second": flops / took[best]}
-        found |= {f"triton_matmul_{name}_tiles": "x".join(map(str, best)), f"triton_tax_{name}": took[best] / seconds}
+        found |= {f"triton_matmul_{name}_tiles": "x".join(map(str, best[0])) + "-tma" * best[1]}
+        found |= {f"triton_tax_{name}": took[best] / seconds}
     return found
 
 
@@ -215,16 +228,15 @@ def gemms() -> dict[str, float]:
     return found
 
 
-GROUPS: dict[str, Callable[[], dict]] = {  # what most depends on first
+GROUPS: dict[str, Callable[[], dict]] = {  # what most depends on first, what compiles much last
     "machine": measure.facts,
-    "layers": functools.partial(products, LAYERS, with_triton=True),
+    "layers": functools.partial(products, LAYERS + WIDENED + ADAPTER + LARGE),
     "losses": gemms,
     "memory": memory,
     "launches": launches,
     "attention": attention,
-    "widened": functools.partial(products, WIDENED),
-    "adapter": functools.partial(products, ADAPTER, with_triton=True),
-    "large": functools.partial(products, LARGE, with_triton=True),
+    "Triton, layers": functools.partial(products, LAYERS, with_triton=True),
+    "Triton, others": functools.partial(products, LARGE + ADAPTER, with_triton=True),
 }
 
 

@@ -139,6 +139,7 @@ FIT = {
     "flash-kmeans": peers.flash_fit,
     "fast-pytorch-kmeans": peers.fast_pytorch_fit,
     "fastkmeans": peers.fastkmeans_fit,
+    "faiss": peers.faiss_fit,
     "sklearn": peers.sklearn_fit,
     "fast": functools.partial(ours_fit, precision="fast"),
 }
@@ -200,9 +201,15 @@ OWN = ("auto", "fast", "reference")
 LIBRARIES: dict[str, Library] = {
     "flash-kmeans": peers.FLASH, "flash-kmeans-patched": peers.FLASH, "flashlib": peers.FLASHLIB,
     "fast-pytorch-kmeans": peers.FAST_PYTORCH, "fastkmeans": peers.FASTKMEANS, "sklearn": peers.SKLEARN,
-    "k-means-constrained": peers.CONSTRAINED,
+    "k-means-constrained": peers.CONSTRAINED, "faiss": peers.FAISS,
 }  # fmt: skip
-WAITING = ("fast-pytorch-kmeans", "fastkmeans", "sklearn", "k-means-constrained")  # for the device, or for the CPU
+WAITING = (
+    "fast-pytorch-kmeans",
+    "fastkmeans",
+    "faiss",
+    "sklearn",
+    "k-means-constrained",
+)  # for the device, or for the CPU
 ON_CPU = {"sklearn": 100_000, "k-means-constrained": 50_000, "fastkmeans": 100_000}  # rows that it is asked for at most
 
 

@@ -65,6 +65,7 @@ FLASHLIB = Library("flashlib", "0.4.0", "flashlib")
 FAST_PYTORCH = Library("fast-pytorch-kmeans", "0.2.2", "fast_pytorch_kmeans", False, (SINGLE, HALF))
 FASTKMEANS = Library("fastkmeans", "0.5.0", "fastkmeans", True, (SINGLE,))
 SKLEARN = Library("scikit-learn", "1.9.1", "sklearn.cluster", False, (SINGLE,))
+FAISS = Library("faiss-gpu", "1.14.3", "faiss", True, (SINGLE,))
 CONSTRAINED = Library("k-means-constrained", "0.9.1", "k_means_constrained.k_means_constrained_", False, (SINGLE,))
 
 
@@ -283,6 +284,19 @@ def fastkmeans_fit(x: Tensor, centers: Tensor, iterations: int) -> Callable:
 
     def run():
         one = fit(x.shape[1], len(centers), niter=iterations, tol=-1).fit(rows)
+        return Found(None, torch.from_numpy(one.centroids))
+
+    return run
+
+
+def faiss_fit(x: Tensor, centers: Tensor, iterations: int) -> Callable:
+    """From memory of the host, where it also computes the centres; by default it would train on 256 rows a centre."""
+    kmeans, rows, start = FAISS.load().Kmeans, x.cpu().numpy(), centers.float().cpu().numpy()
+    every_row = dict(min_points_per_centroid=1, max_points_per_centroid=len(x))
+
+    def run():
+        one = kmeans(x.shape[1], len(centers), niter=iterations, gpu=True, **every_row)
+        one.train(rows, init_centroids=start)
         return Found(None, torch.from_numpy(one.centroids))
 
     return run

@@ -1,6 +1,7 @@
 """What the benchmarks of k-means are judged by, and who takes part."""
 
 import importlib.metadata
+import types
 
 import pytest
 import torch
@@ -137,6 +138,24 @@ def test_a_library_of_another_version_is_left_out(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
     assert library.why_not(FP32) is None and "does not take" in library.why_not(BF16)
     assert "cannot be imported" in library._replace(module="no_such_module").why_not(FP32)
+
+
+def test_faiss_is_asked_for_every_row_from_the_same_start(monkeypatch):
+    x, centers, _ = kmeans.setting("kmeans_step", SHAPE, FP32)
+    seen = []
+
+    class Kmeans:
+        def __init__(self, width, k, **options):
+            seen.append((width, k, options))
+
+        def train(self, rows, init_centroids):
+            assert rows.shape == SHAPE[:2] and rows.dtype == init_centroids.dtype == "float32"
+            self.centroids = init_centroids
+
+    monkeypatch.setattr(peers.Library, "load", lambda library: types.SimpleNamespace(Kmeans=Kmeans))
+    found = peers.faiss_fit(x, centers, 7)()
+    options = dict(niter=7, gpu=True, min_points_per_centroid=1, max_points_per_centroid=96)
+    assert seen == [(32, 5, options)] and torch.equal(found.centers, centers.cpu()) and found.labels is None
 
 
 def test_sanitizers_see_every_kernel(monkeypatch, device):
