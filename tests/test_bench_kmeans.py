@@ -184,7 +184,7 @@ def test_the_table_tells_ours_targets_and_wrong_labels():
 
 def test_the_step_on_the_cpu_is_timed_beside_scikit_learns(monkeypatch):
     found = kmeans_cpu.compare((300, 8, 3), rounds=1)
-    assert set(found) == {"rsfast", "scikit-learn"} and all(row["ms"] > 0 for row in found.values())
-    monkeypatch.setattr(kmeans_cpu, "ours", lambda x, centers: lambda: torch.zeros(len(x), dtype=torch.int64))
+    assert len(found) == 3 and all(row["ms"] > 0 for row in found.values())
+    monkeypatch.setattr(kmeans_cpu, "ours", lambda x, centers, exact=True: lambda: torch.zeros(len(x)).long())
     with pytest.raises(AssertionError, match="of the labels differ"):
         kmeans_cpu.compare((300, 8, 3), rounds=1)
