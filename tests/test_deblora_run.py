@@ -246,6 +246,20 @@ def test_one_process_at_a_time(tmp_path):
     assert len(run(settings, task(settings)).rows) == 2  # it has been let go
 
 
+def test_sweeps_share_the_settings_that_none_of_them_changes(tmp_path, monkeypatch):
+    settings = config(tmp_path, method="calibrate", seeds=(0,))
+    calls, compute = [], running.compute
+    monkeypatch.setattr(running, "compute", lambda *args: calls.append(args) or compute(*args))
+    rows = ablate(settings, task(settings), sweeps=["center", "target_set"]).rows
+    assert len(rows) == 6 and len(calls) == 5
+    base = [row for row in rows if row["setting"] in ("center=debiased", "target_set=balanced")]
+    assert without_setting(base[0]) == without_setting(base[1])
+
+
+def without_setting(row):
+    return {name: value for name, value in row.items() if name != "setting"}
+
+
 def test_features_from_a_file_a_store_and_nowhere(tmp_path):
     data = blobs()
     path = tmp_path / "f.npz"

@@ -21,7 +21,7 @@ SWEEPS = {  # the paper's ranks and clusterers; alpha 1 moves nothing
     "center": ("debiased", "class-mean", "global-mean"),
     "target_set": ("balanced", "all", "tail"),
 }
-RESULTS = "ablations.json"
+RESULTS, BASE = "ablations.json", "base"
 
 
 def ablate(
@@ -60,7 +60,8 @@ def ablate(
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
             setting = f"{name}={'none' if value is None else value}"
-            one = dataclasses.replace(config, **{name: value}, out=str(out / setting))
+            folder = BASE if value == getattr(config, name) else setting  # which all sweeps have in common
+            one = dataclasses.replace(config, **{name: value}, out=str(out / folder))
             found, reason = _one(one, task, setting, report, dict(progress=progress, embedding=embedding))
             if found is None:
                 reasons.append(f"{setting} is left out: {reason}")
