@@ -46,6 +46,7 @@ def test_every_method_gives_a_row(tmp_path):
     assert all(0 <= row[name] <= 100 for row in result.rows for name in ("head", "middle", "tail", "mean"))
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["rows"] == result.rows and len(found["by_class"]) == 18 * 4
+    assert [probe["method"] for probe in found["probes"]] == [row["method"] for row in result.rows]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "calibration.npz", "calibration.png", "f1_by_class.png", "results.json",
     ]  # fmt: skip
@@ -320,3 +321,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(running, "draw_calibration", lambda *_, embedding, **__: drawn.append(embedding))
     assert cli.main([*ablation, "--embedding", "tsne"]) == 0 and drawn == ["tsne"] * 3
     assert "target_set=tail" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("probe", "chosen"), [("logistic", "C"), ("linear", "epoch"), ("knn", "k")])
+def test_what_was_chosen_for_a_probe_is_told(tmp_path, probe, chosen):
+    settings = config(tmp_path, probe=probe, method="zero-shot", seeds=(1,))
+    run(settings, task(settings))
+    (found,) = json.loads((tmp_path / "run" / "results.json").read_text())["probes"]
+    assert found["method"] == "zero-shot" and found["seed"] == 1 and found[chosen] > 0

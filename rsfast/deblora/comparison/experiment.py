@@ -46,10 +46,11 @@ class Debiased(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A row of the table, F1 by class, and what the picture of calibration shows."""
+    """A row of the table, F1 by class, what the probe's settings came to, and what the picture of calibration shows."""
 
     row: dict
     by_class: list[dict]
+    probe: dict
     picture: dict[str, np.ndarray] | None
 
 
@@ -123,7 +124,8 @@ def compute(
         {"method": method.name, "seed": seed, "class": str(name), "train": int(n), "f1": _known(score)}
         for name, n, score in zip(task.classes, split.counts.counts, single.tolist(), strict=True)
     ]
-    return Outcome(row, by_class, picture)
+    chosen = {"method": method.name, "seed": seed, **{name: _known(value) for name, value in probe.chosen.items()}}
+    return Outcome(row, by_class, chosen, picture)
 
 
 def _known(value):

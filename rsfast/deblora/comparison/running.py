@@ -63,7 +63,8 @@ def run(
         embedding: Of the picture of calibration, ``pca`` or ``tsne``.
 
     Returns:
-        Rows in the order of methods, then seeds; also in ``results.json``, with the settings.
+        Rows in the order of methods, then seeds; also in ``results.json``, with the settings and what was chosen for
+        each probe on the validation rows.
 
     Raises:
         FileNotFoundError, ValueError: A setting, a file or the data do not fit, or ``config.out`` holds a run of other
@@ -105,7 +106,7 @@ def _computed(out, known, task, splits, methods, config, settings, report, progr
     """Rows that are known, and those that were not; each is written when it is there."""
     if not known:
         (out / PICTURE).unlink(missing_ok=True)  # of results that are gone
-    rows, by_class = known.get("rows", []), known.get("by_class", [])
+    rows, by_class, probes = (known.get(name, []) for name in ("rows", "by_class", "probes"))
     done = {(row["method"], row["seed"]) for row in rows}
     # work of other settings is none to go on with
     mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
@@ -118,9 +119,11 @@ def _computed(out, known, task, splits, methods, config, settings, report, progr
             found = compute(task, splits[seed], method, config, seed, work, progress)
             rows.append(found.row)
             by_class += found.by_class
+            probes.append(found.probe)  # so that it can be seen what a difference comes from
             if found.picture is not None and not (out / PICTURE).exists():
                 replace(out / PICTURE, lambda temporary, found=found: _save(temporary, found.picture))
-            write_json(out / RESULTS, {"rows": rows, "by_class": by_class, "settings": settings})
+            content = {"rows": rows, "by_class": by_class, "probes": probes, "settings": settings}
+            write_json(out / RESULTS, content)
             shutil.rmtree(work)
             if report is not None:
                 report(found.row)
