@@ -1,13 +1,27 @@
-"""Lloyd's step on a CPU beside scikit-learn's: no GPU is needed to time it, and nothing is written."""
+"""Lloyd's step on a CPU beside scikit-learn's. No GPU is needed to time it.
 
+    python -m benchmarks.kmeans_cpu
+
+writes ``results/cpu/kmeans_step.json``: rows of several processes, for where pages come to lie differs between them.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks import results
 from rsfast.kmeans import reference
 
+FILE = results.FOLDER / "cpu" / "kmeans_step.json"
+PROCESSES, ROUNDS, THREADS = 5, 15, (1, 2)
 SHAPE = (100_000, 1280, 32)
 
 
@@ -60,3 +74,32 @@ def compare(shape: tuple[int, int, int] = SHAPE, rounds: int = 9) -> dict[str, d
     differing = max((labels[0] != other).float().mean().item() for other in labels[1:])  # the others' are fp32's
     assert differing < 1e-3, f"{differing:.2%} of the labels differ"
     return found
+
+
+def main() -> None:
+    code = f"import json; from benchmarks.kmeans_cpu import compare; print(json.dumps(compare(rounds={ROUNDS})))"
+    rows = []
+    for threads in THREADS:
+        for number in range(PROCESSES):
+            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout).items()
+            rows += [{"impl": impl, "threads": threads, "process": number, **row} for impl, row in found]
+    import sklearn
+
+    top = results.provenance() | {"sklearn": sklearn.__version__, "processor": _processor(), "shape": SHAPE}
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    FILE.write_text(json.dumps(top, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def _processor() -> str:
+    """Its name and how many there are."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+if __name__ == "__main__":
+    main()

@@ -25,3 +25,16 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, content) -> None:
     replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def load_state(path: Path, keys: set[str], what: str) -> dict:
+    """A training that ``torch.save`` wrote, a dictionary with ``keys`` at least; ValueError, with ``what``, if not."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
+        raise ValueError(f"{what}: {path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or not state.keys() >= keys:
+        raise ValueError(f"{what}: {path} is damaged: it must hold {', '.join(sorted(keys))}")
+    return state

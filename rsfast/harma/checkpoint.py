@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rsfast._files import replace, write_json
+from rsfast._files import load_state, replace, write_json
 from rsfast.harma import model as models
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.json"
@@ -30,13 +30,7 @@ def load_last(run: Path) -> dict:
     path = run / LAST
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
-        raise ValueError(f"resume: {path} is damaged: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or not state.keys() >= STATE:
-        raise ValueError(f"resume: {path} is damaged: it must hold {', '.join(sorted(STATE))}")
-    return state
+    return load_state(path, STATE, "resume")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

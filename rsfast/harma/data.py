@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rsfast.harma.images import BrokenImageError, ImageStore, rgb
+from rsfast.harma.images import ImageStore, decoded
 from rsfast.harma.tables import csv_rows, described, read_json, require
 
 
@@ -78,12 +78,7 @@ class CaptionedImages:
     def load(self, index: int) -> Image.Image:
         """Image ``index`` in RGB; raises :class:`BrokenImageError` where it is missing or does not decode."""
         image = self.images[index]
-        if self.store is not None:
-            return self.store.open(image)
-        try:
-            return rgb(image)
-        except (ValueError, OSError, SyntaxError) as error:  # a file that PIL opened and reads only now
-            raise BrokenImageError(self.name(index), f"{type(error).__name__}: {error}") from error
+        return self.store.open(image) if self.store is not None else decoded(image, self.name(index))
 
     def name(self, index: int) -> str:
         return self.images[index] if self.store is not None else f"image {index}"

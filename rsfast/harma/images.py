@@ -122,3 +122,11 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # converting these clips nearly everything to white
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert the image to 8 bits first")
     return image.convert("RGB")
+
+
+def decoded(image: Image.Image, name: str) -> Image.Image:
+    """:func:`rgb` of an image that is no file's name; what goes wrong is a :class:`BrokenImageError` of ``name``."""
+    try:
+        return rgb(image)
+    except (ValueError, OSError, SyntaxError) as error:  # a file that PIL opened and reads only now
+        raise BrokenImageError(name, f"{type(error).__name__}: {error}") from error

@@ -15,6 +15,7 @@ from rsfast.deblora.comparison.tasks import FeatureTask, Task
 from rsfast.deblora.data.features import LabelledFeatures, digits, load_features
 from rsfast.deblora.data.loading import load_labelled
 from rsfast.deblora.features.store import FeatureStore
+from rsfast.deblora.probes.probe import hold_out
 
 FEATURES = "features"  # of images, in the folder of results
 DIGITS_IMBALANCE = 100.0
@@ -62,10 +63,8 @@ def _parts(splits: np.ndarray, labels: np.ndarray, test_share: float | None, sou
             f"{source} names no test rows: its splits are {', '.join(sorted(set(splits.tolist()) - {''})) or 'none'}; "
             "test_share draws some"
         )
-    draw, is_test = np.random.default_rng(0), np.zeros(len(labels), bool)  # the same for every seed of training
-    for c in np.unique(labels):
-        own = draw.permutation(np.flatnonzero(labels == c))
-        is_test[own[: max(1, round(test_share * len(own))) if len(own) > 1 else 0]] = True
+    is_test = np.zeros(len(labels), bool)
+    is_test[hold_out(labels, test_share)[1]] = True  # the same for every seed of training
     return is_test, np.zeros_like(is_test)
 
 

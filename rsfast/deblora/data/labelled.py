@@ -10,7 +10,7 @@ from PIL import Image
 
 from rsfast.deblora.arrays import as_integers
 from rsfast.deblora.data.crops import cut
-from rsfast.harma.images import BrokenImageError, ImageStore, rgb
+from rsfast.harma.images import BrokenImageError, ImageStore, decoded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,12 +122,7 @@ class LabelledImages:
             raise BrokenImageError(self.name(index), str(error)) from error
 
     def _decoded(self, image, index: int) -> Image.Image:
-        if isinstance(image, str):
-            return self.store.open(image)
-        try:
-            return rgb(image)
-        except (ValueError, OSError, SyntaxError) as error:  # a file that PIL opened and reads only now
-            raise BrokenImageError(self.name(index), f"{type(error).__name__}: {error}") from error
+        return self.store.open(image) if isinstance(image, str) else decoded(image, self.name(index))
 
     def name(self, index: int) -> str:
         """Of row ``index`` alone, also in a part or subset."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rsfast._files import replace
+from rsfast._files import load_state, replace
 from rsfast.harma.config import PRECISIONS
 from rsfast.harma.loading import mixed_seed
 
@@ -150,12 +150,7 @@ def _save(path: Path, state: dict) -> None:
 
 
 def _load(path: Path, what: dict) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, struct and zipfile each have their own for damaged bytes
-        raise ValueError(f"checkpoint: {path} is damaged: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or not state.keys() >= KEYS:
-        raise ValueError(f"checkpoint: {path} is damaged: it must hold {', '.join(sorted(KEYS))}")
+    state = load_state(path, KEYS, "checkpoint")
     other = [name for name in what.keys() | state["settings"].keys() if what.get(name) != state["settings"].get(name)]
     if other:
         raise ValueError(
