@@ -88,7 +88,8 @@ def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
     if part == "facts":
         return [sys.executable, "-m", "benchmarks.facts", "--out", str(args.out), *commit]
     if part in ("tests", "suite"):
-        several = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # kernels compile on the CPU
+        workers = max((os.cpu_count() or 1) - 2, 1)  # kernels compile on the CPU, which takes most of the time
+        several = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
         # a barrier that never opens would hang: then the log says where
         return [*pytest, "-o", "faulthandler_timeout=60", *files_of_tests(part), *several, *chosen]
     if part == "sample" or part in sanitize.TOOLS:
@@ -175,10 +176,13 @@ def run(parts: list[str], args: argparse.Namespace, start, keep=lambda part, fou
     begun, outcomes = time.monotonic(), {}
     for part in parts:
         left = args.budget - (time.monotonic() - begun)
-        later = [KEPT_FOR[other] for other in parts[parts.index(part) + 1 :] if other in KEPT_FOR]
+        later = parts[parts.index(part) + 1 :]
+        most, kept = AT_MOST.get(part, left), [KEPT_FOR[other] for other in later if other in KEPT_FOR]
         if part not in AT_MOST:
-            left -= min(sum(later), left * len(later) / (len(later) + 1))
-        seconds = min(left, AT_MOST.get(part, left))
+            left -= min(sum(kept), left * len(kept) / (len(kept) + 1))
+        elif part == "tests" and all(other in AT_MOST for other in later):  # no benchmarks wait for their time
+            most = max(most, left - sum(AT_MOST[other] for other in later))
+        seconds = min(left, most)
         found, at = {}, time.monotonic()
         if part in sanitize.TOOLS and sanitize.tool() is None:
             outcomes[part] = f"skipped: {sanitize.NAME} is not installed"

@@ -1,6 +1,6 @@
-"""For each kernel: its floor, what was predicted before anything ran on a GPU, and what came of it.
+"""For each kernel: its floor, what was predicted before anything ran on a GPU, what came of it, and where it loses.
 
-python -m benchmarks.outcomes          rewrite the table in benchmarks/NOTES.md from benchmarks/results
+python -m benchmarks.outcomes          rewrite the tables in benchmarks/NOTES.md from benchmarks/results
 
 """
 
@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 from benchmarks import floors, kmeans, lora, results
 from benchmarks.arms import short
+from benchmarks.report import SHOWN, grouped
 
 START, END = "<!-- outcomes:start -->", "<!-- outcomes:end -->"
+LOSING = "<!-- losing:start -->", "<!-- losing:end -->"
+COMPILED = ("-compiled", "-tuned")
 BOTH, FORWARD, STEP = "forward+backward", "forward", "step"
 OURS = {"adapter": "fused", "similarity": "fused", "lora": "auto", "kmeans": "auto", "step": "rsfast"}
 
@@ -123,17 +126,36 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def losing(rows: list[dict]) -> list[str]:
+    """A line for each call that what torch.compile makes of PyTorch's operations takes no more time and memory for."""
+    lines = []
+    for (op, shape, dtype, which), group in grouped([row for row in rows if row["pass"] in SHOWN]).items():
+        ours = group.get(OURS[next(iter(group.values()))["family"]])
+        compiled = [name for name in group if name.endswith(COMPILED) and not name.startswith("rsfast")]
+        for name in compiled if ours else ():
+            theirs = group[name]
+            seconds, memory = theirs.get("beside_seconds") or ours["seconds"], ours["peak_memory"]
+            if theirs["seconds"] <= seconds and theirs["peak_memory"] <= memory:
+                lines.append(
+                    f"- {op}, {shape}, {dtype}, {which}: {seconds * 1e3:.3g} ms and {memory / 1e6:.0f} MB; {name} "
+                    f"{theirs['seconds'] * 1e3:.3g} ms and {theirs['peak_memory'] / 1e6:.0f} MB ({ours['commit'][:8]})"
+                )
+    return lines or ["None of those that were measured." if rows else "Nothing has been measured."]
+
+
 def _outcome(reached: float) -> str:
     """Of what was aimed at, 1 and more is met."""
     return "met" if reached >= 1 else f"missed: {reached:.0%} of it"
 
 
 def notes_with_table(text: str, folder: pathlib.Path = results.FOLDER) -> str:
-    """NOTES with the table between its markers, from the results of the GPU measured last."""
+    """NOTES with the tables between their markers, from the results of the GPU measured last."""
     files = [results.read(path) for path in sorted(folder.glob("*.json"))]
     newest = max(files, key=lambda found: found["date"], default={"rows": []})
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n" + "\n".join(table(newest["rows"])) + f"\n{END}{rest.partition(END)[2]}"
+    for start, end, lines in ((START, END, table(newest["rows"])), (*LOSING, losing(newest["rows"]))):
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -82,6 +82,13 @@ def test_what_little_time_there_is_is_shared(options):
     assert [call[1] for call in calls.values()] == pytest.approx([40, 60, 120], abs=1)
 
 
+def test_tests_without_benchmarks_after_them_have_the_rest(options):
+    for parts, seconds in ((gpu.PARTS[:6], 540 - 45 - 45 - 30), (["tests"], 540), (["tests", "racecheck", "ops"], 150)):
+        assert started(0, options, parts)[1]["tests"][1] == pytest.approx(seconds, abs=1)
+    options.budget = 200.0
+    assert started(0, options, gpu.PARTS[:6])[1]["tests"][1] == pytest.approx(150, abs=1), "as much as ever"
+
+
 def test_builds_are_shared_and_only_benchmarks_see_what_was_tuned(options):
     (options.out / "rsfast/lora").mkdir(parents=True)
     (options.out / "rsfast/lora/h200.json").write_text("{}")

@@ -272,6 +272,21 @@ def test_notes_hold_each_kernels_floor_prediction_and_outcome():
     assert f"{name}| ≥ 15 times inf-cl |  |  |  |" in lines
 
 
+def test_kernels_that_lose_to_the_compiler_are_named():
+    assert outcomes.losing([]) == ["Nothing has been measured."]
+    ours, theirs = a_row(impl="fused", peak_memory=6_000_000), a_row(impl="reference-compiled", commit="b" * 40)
+    line = "- gated_adapter, 256x50x768, bfloat16, forward+backward: 2 ms and 6 MB; reference-compiled 2 ms and 5 MB"
+    assert outcomes.losing([ours | {"commit": "a" * 40}, theirs]) == [f"{line} (aaaaaaaa)"]
+    for better in ({"seconds": 0.0019}, {"peak_memory": 4_999_999}, {"pass": "forward"}):
+        assert outcomes.losing([ours | {"commit": "a"} | better, theirs]) == ["None of those that were measured."], (
+            better
+        )
+    slow = theirs | {"seconds": 0.003, "beside_seconds": 0.0031}
+    assert outcomes.losing([ours | {"commit": "a"}, slow]) != ["None of those that were measured."], "run in turn"
+    others = [a_row(impl=impl, seconds=0.001) for impl in ("harma", "rsfast-compiled", "reference")]
+    assert outcomes.losing([ours | {"commit": "a"}, *others]) == ["None of those that were measured."]
+
+
 def test_notes_hold_the_floors_of_the_formulas():
     assert floors.NOTES.read_text() == floors.notes_with_table(), "run python -m benchmarks.floors"
     assert floors.exponentials("gated_adapter", (1, 50, 768)) == 800 * 50
