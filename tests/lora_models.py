@@ -10,6 +10,9 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.models import SwinTransformer
+from torchvision.models import VisionTransformer as TorchvisionViT
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 from transformers import CLIPConfig, CLIPModel, SiglipVisionConfig, SiglipVisionModel
 
 from rsfast import BatchedLoRALinear
@@ -112,6 +115,16 @@ def eva(**options):
     return Eva(**size, **options)
 
 
+def swin(**options):
+    """8 x 8 tokens in windows of 3 x 3, shifted and padded, then 4 x 4 tokens in padded windows."""
+    size = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": [3, 3]}
+    return SwinTransformer(**size, num_classes=5, **options)
+
+
+def torchvision_vit():
+    return TorchvisionViT(16, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5)
+
+
 def hf_clip():
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = size | {"vocab_size": 50, "max_position_embeddings": 7, "eos_token_id": 49}
@@ -165,6 +178,9 @@ MODELS = {
         lambda: Beit(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5, init_values=0.5),
         images,
     ),
+    "swin": (swin, images),
+    "swin_2": (lambda: swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), images),
+    "torchvision_vit": (torchvision_vit, images),
     "hf_clip": (hf_clip, by_name),
     "hf_siglip": (hf_siglip, images),
 }

@@ -49,6 +49,17 @@ def test_aliases_mean_the_same_everywhere():
     ]
     pool = {f"visual.trunk.attn_pool.{name}": slices for name, slices in (("q", None), ("kv", ((0, 16), (16, 32))))}
     assert pool.items() <= places("timm_in_open_clip", "q", "k", "v").items()
+    for name, block in (("swin", "features.3.0"), ("swin_2", "features.3.0")):
+        found = places(name, "q", "v", "out", "fc", "proj")
+        assert len(found) == 12 and found[f"{block}.attn.qkv"] == ((0, 32), (64, 96)), name
+        assert [path for path in found if path.startswith(block)] == [
+            f"{block}.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.0", "mlp.3")
+        ]
+    layer = "encoder.layers.encoder_layer_0"
+    assert places("torchvision_vit", "k", "proj") == {
+        f"{layer}.self_attention.in_proj": ((16, 32),),
+        f"{layer}.mlp.3": None,
+    }
     towers = [f"{tower}_model.encoder.layers.0" for tower in ("text", "vision")]
     assert places("hf_clip", "v", "proj") == dict.fromkeys(
         [f"{tower}.{name}" for tower in towers for name in ("self_attn.v_proj", "mlp.fc2")]

@@ -146,7 +146,7 @@ def test_saved_here(tmp_path, make_model, options, trained):
     assert_same_lora(model, again)
 
 
-NOT_IN_PEFT = ("custom_blocks", "coca", "main", "main_cosine", "eva", "beit")
+NOT_IN_PEFT = ("custom_blocks", "coca", "main", "main_cosine", "eva", "beit", "swin", "swin_2")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -67,10 +67,11 @@ def add_lora(
 ) -> LoraReport:
     """Put LoRA into the linear maps of a model, in place.
 
-    Knows open_clip (both its ``nn.MultiheadAttention`` and its own attention, in either layout), timm's towers and
-    Hugging Face's CLIP and SigLIP, alone or inside another model; elsewhere any ``nn.Linear`` by name. A fused
-    projection becomes one layer with a LoRA for each target; attentions with bare parameters are swapped for a subclass
-    that calls their projections as layers, so that no weight is merged in a forward and the output's LoRA takes part.
+    Knows open_clip (both its ``nn.MultiheadAttention`` and its own attention, in either layout), timm's towers,
+    torchvision's ViT and Swin (TorchGeo's, too) and Hugging Face's CLIP and SigLIP, alone or inside another model;
+    elsewhere any ``nn.Linear`` by name. A fused projection becomes one layer with a LoRA for each target; attentions
+    that read weights are swapped for a subclass that calls their projections as layers, so that no weight is merged in
+    a forward and the output's LoRA takes part.
     Names stay, so ``state_dict`` is a superset. Until the first step the model computes what it did, but for the
     rounding of other products.
 

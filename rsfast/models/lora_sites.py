@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+from torchvision.ops import MLP
 
 from rsfast import GatedAdapter, SharedAdapter
 from rsfast.models.lora_attention import LoRAAttention, LoRACrossAttention, LoRAMultiheadAttention
+from rsfast.models.lora_windows import SWAPS
 
 ALIASES = ("q", "k", "v", "out", "fc", "proj")
 Columns = tuple[int, int]
@@ -150,11 +153,18 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
     prefix = _inside(path)
     layers = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
     attends = not layers.keys().isdisjoint((*FUSED, "q_proj", "q"))
-    is_mlp = not layers.keys().isdisjoint(FIRST) and not layers.keys().isdisjoint(SECOND)
+    first, second = FIRST, SECOND
+    if isinstance(parent, MLP) and len(layers) == 2:  # torchvision's, whose layers have numbers
+        first, second = ((name,) for name in layers)
+    is_mlp = not layers.keys().isdisjoint(first) and not layers.keys().isdisjoint(second)
+    windowed = isinstance(parent, ShiftedWindowAttention)
+    swap = SWAPS.get(type(parent)) if windowed else None
     for name, layer in layers.items():
         refusal, unsplit, flag = _cannot(layer), "", ""
-        if isinstance(parent, AttentionPool2d):
+        if isinstance(parent, AttentionPool2d) or windowed and swap is None:
             refusal = f"{type(parent).__name__} reads the weights of its layers and does not call them"
+        elif windowed:
+            refusal = refusal or _overridden(parent)
         aliases = {}
         if name in FUSED:
             parts = FUSED[name]
@@ -170,9 +180,9 @@ def _of_layers(path: str, parent: nn.Module) -> Iterator[Site]:
             aliases = {PROJECTIONS[name]: None}
         elif attends and name in ("out_proj", "proj"):
             aliases = {"out": None}
-        elif is_mlp and name in FIRST + SECOND:
-            aliases = {"fc" if name in FIRST else "proj": None}
-        yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, unsplit, flag=flag)
+        elif is_mlp and name in first + second:
+            aliases = {"fc" if name in first else "proj": None}
+        yield Site(f"{prefix}{name}", layer.weight, aliases, refusal, unsplit, swap=swap, flag=flag)
 
 
 def _unfit(weight: torch.Tensor | None) -> str:

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from rsfast import BatchedLoRALinear, LoRALinear
 from rsfast.models.lora import STATE, LoraReport, Place, lora_layers, place
@@ -223,4 +224,5 @@ def _is_called(model: nn.Module, path: str) -> bool:
     parent, kind = model.get_submodule(path.rpartition(".")[0]), type(model.get_submodule(path))
     states = [(holder, getattr(holder, STATE)) for holder in model.modules() if hasattr(holder, STATE)]
     flagged = any(holder.get_submodule(flag) is parent for holder, state in states for flag in state.flags)
-    return kind in (LoRALinear, BatchedLoRALinear) and not isinstance(parent, nn.MultiheadAttention) and not flagged
+    read = flagged or isinstance(parent, nn.MultiheadAttention | ShiftedWindowAttention)
+    return kind in (LoRALinear, BatchedLoRALinear) and not read

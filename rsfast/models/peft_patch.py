@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rsfast._dispatch import Impl, use_fused
+from rsfast.models.lora_windows import SWAPS
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class PatchReport:
         lines += [f"skipped {path}: {why}" for path, why in self.skipped.items()]
         if self.dead:
             lines.append(
-                f"warning: the adapters of {len(self.dead)} layers train nothing, because nn.MultiheadAttention reads "
-                f"out_proj's weight and never calls it; target the attention itself: {', '.join(self.dead)}"
+                f"warning: the adapters of {len(self.dead)} layers train nothing, because their attention reads the "
+                "weight and never calls the layer; target an nn.MultiheadAttention itself, and give torchvision's Swin "
+                f"LoRA by add_lora: {', '.join(self.dead)}"
             )
         return "\n".join(lines)
 
@@ -113,9 +115,11 @@ def _layers(model: nn.Module):
 
 
 def _dead(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[str, ...]:
-    """``out_proj`` of every ``nn.MultiheadAttention`` that is targeted by itself: it is read, and never called."""
+    """What is read and never called: ``out_proj`` of ``nn.MultiheadAttention``, both layers of torchvision's Swin."""
     dead = []
     for path, module in model.named_modules():
+        if getattr(type(module), "forward", None) in (w.forward for w in SWAPS):
+            dead += [layer for name in ("qkv", "proj") if (layer := f"{path}.{name}".lstrip(".")) in layers]
         out_proj = f"{path}.out_proj".lstrip(".")
         parent, _, name = path.rpartition(".")
         own = name == "base_layer" and parent in layers  # the attention was targeted, and takes care of its out_proj
