@@ -116,8 +116,8 @@ def eva(**options):
 
 
 def swin(**options):
-    """8 x 8 tokens in windows of 3 x 3, shifted and padded, then 4 x 4 tokens in padded windows."""
-    size = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": [3, 3]}
+    """8 x 8 tokens in windows of 3 x 2, shifted and padded, then 4 x 4 tokens."""
+    size = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": [3, 2]}
     return SwinTransformer(**size, num_classes=5, **options)
 
 
