@@ -207,6 +207,22 @@ class Pairs(torch.utils.data.Dataset):
         return self.convert(Scenes().load(index)), torch.tensor(index % 3 - 1)
 
 
+class Samples(Pairs):
+    """As TorchGeo's data sets for classification."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return {"image": image, "label": label, "bounds": None}
+
+
+def test_data_sets_of_torchgeo(tmp_path):
+    wanted = extract(tmp_path / "pairs", Pairs(pixels), transform=None)
+    store = extract(tmp_path / "samples", Samples(pixels), transform=None)
+    assert np.array_equal(store.features, wanted.features) and np.array_equal(store.labels, wanted.labels)
+    with pytest.raises(TypeError, match=r"dataset\[0\] must have label, has image, mask"):
+        extract(tmp_path / "masks", [{"image": torch.ones(3, 4, 4), "mask": 0}], transform=None)
+
+
 def test_data_sets_of_pytorch(tmp_path):
     wanted = extract(tmp_path / "scenes")
     store = extract(tmp_path / "pil", Pairs())

@@ -45,8 +45,9 @@ def extract_features(
         model: What :func:`image_encoder` knows. It is put into evaluation mode for the time being.
         dataset: :class:`LabelledImages`, :class:`rsfast.harma.CaptionedImages`, anything else with ``load(i)``,
             ``name(i)``, ``label(i)`` and a length; or a data set of PyTorch whose items are ``(image or tensor,
-            label)``, named by their index. ``classes`` and ``splits`` go along where it has them. Labels of rows
-            already there are compared, but for data sets of PyTorch, which would have to load every image to tell.
+            label)``, or TorchGeo's dicts of ``image`` and ``label``, named by their index. ``classes`` and ``splits``
+            go along where it has them. Labels of rows already there are compared, but for data sets of PyTorch, which
+            would have to load every image to tell.
         folder: Of the store: a new one, or one that was begun.
         transform: From a PIL image to (3, H, W). Default: the model's own where it is known. A data set's tensors go
             through it only if it is given here.

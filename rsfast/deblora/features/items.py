@@ -1,6 +1,6 @@
 """The images of a data set, as an encoder takes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class Items(Dataset):
 
     Args:
         dataset: What has ``load(i)``, an RGB image, ``name(i)`` and ``label(i)``; else a data set of PyTorch whose
-            items are ``(image or tensor, label)``, and whose names are the indices.
+            items are ``(image or tensor, label)``, or a dict of both as TorchGeo's, and whose names are the indices.
         transform: From a PIL image to a tensor. Tensors of a data set of PyTorch go through it only if ``tensors``.
         tensors: See ``transform``.
     """
@@ -67,6 +67,10 @@ class Items(Dataset):
 
     def _pair(self, index: int):
         item = self.dataset[index]
+        if isinstance(item, Mapping):
+            if missing := [key for key in ("image", "label") if key not in item]:
+                raise TypeError(f"dataset[{index}] must have {' and '.join(missing)}, has {', '.join(map(str, item))}")
+            item = item["image"], item["label"]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise TypeError(f"dataset[{index}] must be (image, label), got {type(item).__name__}")
         return item[0], max(int(item[1]), -1)
