@@ -95,7 +95,7 @@ def _softplus2(x):
     q = w * w
     series = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))
     series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
-    return tl.maximum(x, 0.0) + 2 * LOG2E * w * series
+    return tl.maximum(x, 0.0) + w * (2 * LOG2E) * series
 
 
 @triton.jit

@@ -75,9 +75,9 @@ def violation(s, own, e, margin, EXACT: tl.constexpr, HINGE: tl.constexpr):
     elif EXACT:
         c = tl.maximum((s - own) + margin, 0.0)
         series = c * (1 - c / 2 * (1 - c / 3 * (1 - c / 4 * (1 - c / 5 * (1 - c / 6)))))
-        return c, tl.where(c < 0.25, series, 1 - tl.exp2(-LOG2E * c))
+        return c, tl.where(c < 0.25, series, 1 - tl.exp2(c * -LOG2E))
     else:
-        return s + (margin - own), _one_minus(e, tl.broadcast_to(tl.exp2(LOG2E * (own - margin)), s.shape))
+        return s + (margin - own), _one_minus(e, tl.broadcast_to(tl.exp2((own - margin) * LOG2E), s.shape))
 
 
 @triton.jit

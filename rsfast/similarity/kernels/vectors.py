@@ -99,7 +99,7 @@ def _softplus(gap):
     """ln(1 + 2^gap), to the last bits of a small one."""
     p = tl.exp2(-tl.abs(gap))
     series = p * (1 - p * (0.5 - p * (1 / 3 - p * 0.25)))
-    return LN2 * tl.maximum(gap, 0.0) + tl.where(p < 0.001, series, tl.log2(1 + p) * LN2)
+    return tl.maximum(gap, 0.0) * LN2 + tl.where(p < 0.001, series, tl.log2(1 + p) * LN2)
 
 
 @triton.jit
