@@ -1,10 +1,11 @@
 """``rsfast deblora run`` and ``rsfast deblora ablate``."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 
-from rsfast.deblora.comparison.config import CHOICES, RunConfig
+from rsfast.deblora.comparison.config import CHOICES, RunConfig, SettingError
 from rsfast.deblora.comparison.methods import ADAPTATIONS
 
 DEFAULT = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(RunConfig)}
@@ -97,12 +98,22 @@ def _config(args: argparse.Namespace) -> RunConfig:
     return RunConfig(**settings | {"seeds": tuple(args.seeds)})
 
 
+@contextlib.contextmanager
+def _flags():
+    """Errors name the flag, where they would name a setting."""
+    try:
+        yield
+    except SettingError as error:
+        raise ValueError(error.text.replace("{}", "--" + error.setting.replace("_", "-"))) from error
+
+
 def run_command(args: argparse.Namespace) -> int:
     from rsfast.deblora.comparison.running import run
     from rsfast.deblora.comparison.table import table
 
     bars = sys.stderr.isatty()
-    result = run(_config(args), progress=bars, report=_report("method"), embedding=args.embedding)
+    with _flags():
+        result = run(_config(args), progress=bars, report=_report("method"), embedding=args.embedding)
     print(table(result.rows))
     _print_files(result.files)
     return 0
@@ -114,7 +125,8 @@ def ablate_command(args: argparse.Namespace) -> int:
 
     sweeps = None if args.sweep is None else [name.strip() for name in args.sweep.split(",") if name.strip()]
     bars, report = sys.stderr.isatty(), _report("setting")
-    result = ablate(_config(args), sweeps=sweeps, progress=bars, report=report, embedding=args.embedding)
+    with _flags():
+        result = ablate(_config(args), sweeps=sweeps, progress=bars, report=report, embedding=args.embedding)
     for method in dict.fromkeys(row["method"] for row in result.rows):
         print(table([row for row in result.rows if row["method"] == method], "setting", method))
     _print_files(result.files)

@@ -20,6 +20,14 @@ CHOICES = {
 }
 
 
+class SettingError(ValueError):
+    """A setting that does not fit. ``{}`` in ``text`` is where its name stands, which a command writes as a flag."""
+
+    def __init__(self, setting: str, text: str):
+        super().__init__(text.replace("{}", setting))
+        self.setting, self.text = setting, text
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings of :func:`rsfast.deblora.run`; K and the rank are debLoRA's (arXiv 2410.04546).

@@ -1,7 +1,10 @@
 """One method under one seed: rows drawn, an encoder trained, features de-biased, probed and measured."""
 
+import contextlib
 import dataclasses
+import math
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.config import RunConfig, SettingError
 from rsfast.deblora.comparison.methods import Method
 from rsfast.deblora.comparison.tasks import Task
 from rsfast.deblora.data.counts import ClassCounts, make_long_tailed
@@ -18,6 +21,7 @@ from rsfast.deblora.debiasing.centers import debiased_centers
 from rsfast.deblora.debiasing.clustering import Clusters, cluster_features
 from rsfast.deblora.learning.learn import encode, learn_classes, learn_towards
 from rsfast.deblora.learning.losses import balanced_weights
+from rsfast.deblora.learning.steps import DivergedError
 from rsfast.deblora.probes.by_name import PROBES
 from rsfast.deblora.probes.metrics import class_distances, class_f1, grouped_f1
 from rsfast.deblora.probes.probe import hold_out
@@ -25,6 +29,8 @@ from rsfast.harma.loading import mixed_seed
 
 PARTS = ("fit", "val", "test")
 SHOWN = 2000  # rows of the picture
+FAR = 10  # times the loss that is had without training: where a training is said to have gone wrong
+LARGEST = float(np.finfo(np.float32).max) / 4  # a squared norm up to which fp32 has the distances between rows
 
 
 class Split(NamedTuple):
@@ -140,6 +146,7 @@ class _Adaptation:
         given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
         self.config = config = dataclasses.replace(config, **{**task.defaults._asdict(), **given})
         self.encoder: nn.Module | None = None
+        self.stage: _Stage | None = None  # of the training that was last
         self.place = dict(device=config.place(), precision=config.precision, progress=progress)
         self.options = self.place | dict(batch_size=config.batch_size, weight_decay=config.weight_decay, seed=seed)
 
@@ -150,24 +157,27 @@ class _Adaptation:
         classes = len(self.task.classes)
         self.encoder = self.task.encoder(self.method.trained)
         head = None if self.method.trained == "class-wise" else nn.Linear(self.task.frozen.shape[1], classes)
-        learn_classes(
-            self.encoder, head, self.task.inputs(rows), labels, loss=self.method.loss,
-            counts=np.bincount(labels, minlength=classes), epochs=self.config.epochs,
-            lr=self.config.lr / (10 if self.method.trained == "full" else 1), checkpoint=self.work / "classes.pt",
-            **self.options,
-        )  # fmt: skip
+        lr = self.config.lr / (10 if self.method.trained == "full" else 1)
+        with self._training(_Stage("training with labels", "lr", math.log(classes), [])) as losses:
+            losses += learn_classes(
+                self.encoder, head, self.task.inputs(rows), labels, loss=self.method.loss,
+                counts=np.bincount(labels, minlength=classes), epochs=self.config.epochs, lr=lr,
+                checkpoint=self.work / "classes.pt", **self.options,
+            )  # fmt: skip
 
     def towards_calibrated(self, rows: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """The LoRA of debLoRA: the method's own, or a new one where it has none."""
         before = self.features(rows)
         found = debias(before, labels, self.config, self.seed)
         self.encoder = self.task.with_lora(self.encoder or self.task.encoder(None), self.method.trained)
-        learn_towards(
-            self.encoder, self.task.inputs(rows), found.calibrated,
-            weights=_weights(labels, found.tail, self.config.target_set),
-            epochs=self.config.deblora_epochs, lr=self.config.deblora_lr, checkpoint=self.work / "towards.pt",
-            **self.options,
-        )  # fmt: skip
+        weights = _weights(labels, found.tail, self.config.target_set)
+        start = float(np.average(np.linalg.norm(found.calibrated - before, axis=1), weights=weights))
+        with self._training(_Stage("learning towards calibrated features", "deblora_lr", start, [])) as losses:
+            losses += learn_towards(
+                self.encoder, self.task.inputs(rows), found.calibrated, weights=weights,
+                epochs=self.config.deblora_epochs, lr=self.config.deblora_lr, checkpoint=self.work / "towards.pt",
+                **self.options,
+            )  # fmt: skip
         return _picture(before, labels, found, self.seed)
 
     def features(self, rows: np.ndarray) -> np.ndarray:
@@ -175,7 +185,44 @@ class _Adaptation:
             return np.asarray(self.task.frozen[rows], dtype=np.float32)
         if not len(rows):
             return np.empty((0, self.task.frozen.shape[1]), dtype=np.float32)
-        return encode(self.encoder, self.task.inputs(rows), batch_size=self.task.at_once, **self.place)
+        found = encode(self.encoder, self.task.inputs(rows), batch_size=self.task.at_once, **self.place)
+        if self.stage is not None:
+            self._look_at(found)
+        return found
+
+    def _look_at(self, found: np.ndarray) -> None:
+        """What a training made, whose loss may be finite all the same."""
+        start, losses = self.stage.start, self.stage.losses
+        course = f"the loss went from {losses[0]:.3g} in epoch 1 to {losses[-1]:.3g} in epoch {len(losses)}"
+        if not np.einsum("nd,nd->n", found, found).max() < LARGEST:
+            raise self._diverged(f"{course}, and features are too large to be told apart, or not finite")
+        if 0 < FAR * start < losses[-1]:
+            warnings.warn(str(self._diverged(f"{course}, where it is {start:.3g} without training")), stacklevel=4)
+
+    @contextlib.contextmanager
+    def _training(self, stage: "_Stage"):
+        """Where a training runs: it gives the list that takes its losses, and says what went wrong."""
+        self.stage = stage
+        try:
+            yield stage.losses
+        except DivergedError as error:
+            raise self._diverged(f"the loss became {error.loss} in epoch {error.epoch}") from error
+
+    def _diverged(self, how: str) -> SettingError:
+        what, setting = self.stage.what, self.stage.setting
+        if self.config.weight_decay > 1 < self.config.weight_decay * getattr(self.config, setting):
+            setting = "weight_decay"
+        where, given = f"{self.method.name}, seed {self.seed}", getattr(self.config, setting)
+        return SettingError(setting, f"{where}: {what} diverged: {how}; lower {{}}, which is {given:g}")
+
+
+class _Stage(NamedTuple):
+    """A training: its name, the setting that decides its steps, the loss that is had without it, those of epochs."""
+
+    what: str
+    setting: str
+    start: float
+    losses: list[float]
 
 
 def _weights(labels: np.ndarray, tail: list[int], target_set: str) -> np.ndarray | None:
