@@ -9,8 +9,9 @@ import pytest
 from rsfast import cli
 from rsfast.deblora import SWEEPS, FeatureStore, LabelledFeatures, RunConfig, ablate, run
 from rsfast.deblora.comparison import experiment, running, tasks
-from rsfast.deblora.comparison.experiment import _weights, split_rows
+from rsfast.deblora.comparison.experiment import _weights
 from rsfast.deblora.comparison.sources import opened
+from rsfast.deblora.comparison.splits import split_rows
 from rsfast.deblora.comparison.tasks import FeatureTask
 
 KEYS = ["method", "seed", "head", "middle", "tail", "mean", "inter", "intra", "seconds"]
@@ -131,7 +132,9 @@ def test_weights_of_target_sets():
 @pytest.mark.filterwarnings("ignore:.*is left out")
 def test_ablations_vary_one_setting_at_a_time(tmp_path):
     settings = config(tmp_path, method="deblora", seeds=(0,))
-    with pytest.warns(UserWarning, match="clusters=64 is left out: n_clusters must be at most the number of rows, 49"):
+    with pytest.warns(
+        UserWarning, match="clusters=64 is left out: clusters must be at most 49, the training rows, got 64"
+    ):
         found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
     names = [row["setting"] for row in found.rows]
     assert names[:2] == ["clusters=8", "clusters=16"] and "clusters=64" not in names  # fewer rows than that
@@ -174,9 +177,9 @@ def test_ablations_of_the_rank_change_the_rank(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(clusters=200), "n_clusters must be at most the number of rows, 49, got 200"),
-        (dict(rho=1.001), "rho=1.001 asks for at least N / .K rho. = 49 / .4"),
-        (dict(clusters=200, method="zero-shot,calibrate", clusterer="minibatch"), "n_clusters must"),
+        (dict(clusters=200), "^clusters must be at most 49, the training rows, got 200"),
+        (dict(rho=1.001), "^rho does not fit the 49 training rows: rho=1.001 asks for at least N / .K rho. = 49 / .4"),
+        (dict(clusters=200, method="zero-shot,calibrate", clusterer="minibatch"), "^clusters must"),
         (dict(device="cuda:99"), "device cuda:99 was asked for|device 'cuda:99' cannot be used"),
         (dict(device="tpus"), "device 'tpus' cannot be used"),
         (dict(rank=7), "rank must be at most 6"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rsfast._files import write_json
-from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.config import RunConfig, SettingError
 from rsfast.deblora.comparison.running import RunResult, prepared, run
 from rsfast.deblora.comparison.sources import opened
 from rsfast.deblora.comparison.tasks import Task
@@ -53,9 +53,9 @@ def ablate(
     """
     for name in sweeps or ():
         if name not in SWEEPS:
-            raise ValueError(f"sweep must be of {', '.join(SWEEPS)}; got {name!r}")
+            raise SettingError("sweep", f"{{}} must be of {', '.join(SWEEPS)}; got {name!r}")
     if task is None:
-        config, task = opened(config, progress=progress)
+        config, task = opened(config, progress=progress, early=False)
     out, rows, by_class, reasons = Path(config.out), [], [], []
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
@@ -71,7 +71,7 @@ def ablate(
             by_class += [{"setting": setting, **row} for row in found.by_class]
             write_json(out / RESULTS, {"rows": rows})
     if not rows:
-        raise ValueError(f"sweep: the data can have none of the values; {reasons[0]}")
+        raise SettingError("sweep", f"{{}}: the data can have none of the values; {reasons[0]}")
     return RunResult(rows, by_class, [out / RESULTS])
 
 

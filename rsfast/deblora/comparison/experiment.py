@@ -14,8 +14,8 @@ from torch import nn
 
 from rsfast.deblora.comparison.config import RunConfig, SettingError
 from rsfast.deblora.comparison.methods import Method
+from rsfast.deblora.comparison.splits import Split
 from rsfast.deblora.comparison.tasks import Task
-from rsfast.deblora.data.counts import ClassCounts, make_long_tailed
 from rsfast.deblora.debiasing.calibration import augment, auto_alpha, calibrate
 from rsfast.deblora.debiasing.centers import debiased_centers
 from rsfast.deblora.debiasing.clustering import Clusters, cluster_features
@@ -24,22 +24,12 @@ from rsfast.deblora.learning.losses import balanced_weights
 from rsfast.deblora.learning.steps import DivergedError
 from rsfast.deblora.probes.by_name import PROBES
 from rsfast.deblora.probes.metrics import class_distances, class_f1, grouped_f1
-from rsfast.deblora.probes.probe import hold_out
 from rsfast.harma.loading import mixed_seed
 
 PARTS = ("fit", "val", "test")
 SHOWN = 2000  # rows of the picture
 FAR = 10  # times the loss that is had without training: where a training is said to have gone wrong
 LARGEST = float(np.finfo(np.float32).max) / 4  # a squared norm up to which fp32 has the distances between rows
-
-
-class Split(NamedTuple):
-    """Rows by what they are for, and the classes' sizes among those of training."""
-
-    fit: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
-    counts: ClassCounts
 
 
 class Debiased(NamedTuple):
@@ -58,20 +48,6 @@ class Outcome(NamedTuple):
     by_class: list[dict]
     probe: dict
     picture: dict[str, np.ndarray] | None
-
-
-def split_rows(task: Task, config: RunConfig, seed: int) -> Split:
-    """Training rows with the tail that is asked for, a share of each class set apart; test rows are all test rows."""
-    train, test = np.flatnonzero(~task.is_test & ~task.is_val), np.flatnonzero(task.is_test)
-    if config.imbalance is not None:
-        train = train[make_long_tailed(task.labels[train], config.imbalance, seed)]
-    counts = ClassCounts.from_labels(task.labels[train], classes=task.classes, groups=config.groups)
-    if task.is_val.any():
-        return Split(train, np.flatnonzero(task.is_val), test, counts)
-    if not config.val_share:
-        return Split(train, train[:0], test, counts)
-    fit, val = hold_out(task.labels[train], config.val_share, seed=seed)
-    return Split(train[fit], train[val], test, counts)
 
 
 def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: int) -> Debiased:

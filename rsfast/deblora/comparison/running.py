@@ -11,12 +11,12 @@ import numpy as np
 
 from rsfast._files import replace, write_json
 from rsfast.deblora.comparison.config import RunConfig
-from rsfast.deblora.comparison.experiment import Split, compute, split_rows
+from rsfast.deblora.comparison.experiment import compute
 from rsfast.deblora.comparison.figures import draw_by_class, draw_calibration
 from rsfast.deblora.comparison.methods import parse_methods
 from rsfast.deblora.comparison.sources import opened
+from rsfast.deblora.comparison.splits import Split, checked_splits
 from rsfast.deblora.comparison.tasks import Task
-from rsfast.deblora.debiasing.clustering import check_clusters
 from rsfast.deblora.features.files import WriterLock
 
 RESULTS, WORK, PICTURE = "results.json", "unfinished", "calibration.npz"
@@ -95,11 +95,8 @@ def run(
 
 def prepared(config: RunConfig, task: Task) -> tuple[Task, dict[int, Split]]:
     """The task under the settings, and each seed's rows; ValueError where these cannot have such settings."""
-    task, splits = task.under(config), {seed: split_rows(task, config, seed) for seed in config.seeds}
-    if any(method.step for method in parse_methods(config.method)) and config.clusterer in ("kmeans", "minibatch"):
-        for split in splits.values():
-            check_clusters(len(split.fit), config.clusters, config.rho)
-    return task, splits
+    task = task.under(config)
+    return task, checked_splits(task, config)
 
 
 def _computed(out, known, task, splits, methods, config, settings, report, progress) -> tuple[list, list]:

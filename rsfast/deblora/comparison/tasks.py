@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import nn
 
-from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.config import RunConfig, SettingError
 from rsfast.deblora.data.features import LabelledFeatures
 from rsfast.deblora.learning.inputs import FeatureInputs
 from rsfast.deblora.learning.maps import ClassMaps, FullMap, LowRankMap
@@ -80,7 +80,7 @@ class FeatureTask:
 
     def _take(self, config: RunConfig) -> None:
         if config.rank > self.dim:
-            raise ValueError(f"rank must be at most {self.dim}, the width of the features; got {config.rank}")
+            raise SettingError("rank", f"{{}} must be at most {self.dim}, the width of the features; got {config.rank}")
         self.lora = dict(r=config.rank, alpha=config.lora_alpha)
 
     def inputs(self, rows: np.ndarray) -> FeatureInputs:
