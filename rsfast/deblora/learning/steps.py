@@ -81,6 +81,13 @@ def train(
         raise ValueError(
             "nothing of encoder requires a gradient; give it LoRA by rsfast.models.add_lora, or take a map"
         )
+    for name, p in modules.named_parameters():
+        if p.requires_grad and p.dtype == torch.float16:
+            part, _, name = name.partition(".")
+            raise ValueError(
+                f"{('encoder', 'head')[int(part)]}: what is trained must be fp32, bf16 or fp64, as gradients are not "
+                f"scaled; {name} is fp16"
+            )
     path = None if run.checkpoint is None else Path(run.checkpoint)
     state = _load(path, what) if path is not None and path.exists() else None
     with evaluating(modules), torch.no_grad():  # what does not fit shows before anything is changed
