@@ -56,7 +56,7 @@ def ablate(
             raise SettingError("sweep", f"{{}} must be of {', '.join(SWEEPS)}; got {name!r}")
     if task is None:
         config, task = opened(config, progress=progress, early=False)
-    out, rows, by_class, reasons = Path(config.out), [], [], []
+    out, rows, by_class, clusters, reasons = Path(config.out), [], [], [], []
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
             setting = f"{name}={'none' if value is None else value}"
@@ -69,10 +69,11 @@ def ablate(
                 continue
             rows += [{"setting": setting, **row} for row in found.rows]
             by_class += [{"setting": setting, **row} for row in found.by_class]
-            write_json(out / RESULTS, {"rows": rows})
+            clusters += [{"setting": setting, **row} for row in found.clusters]
+            write_json(out / RESULTS, {"rows": rows, "clusters": clusters})
     if not rows:
         raise SettingError("sweep", f"{{}}: the data can have none of the values; {reasons[0]}")
-    return RunResult(rows, by_class, [out / RESULTS])
+    return RunResult(rows, by_class, [out / RESULTS], clusters)
 
 
 def _one(config: RunConfig, task: Task, setting: str, report, shown: dict) -> tuple[RunResult | None, str]:

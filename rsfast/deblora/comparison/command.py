@@ -131,6 +131,7 @@ def run_command(args: argparse.Namespace) -> int:
     with _flags():
         result = run(_config(args), progress=bars, report=_report("method"), embedding=args.embedding)
     print(table(result.rows))
+    _print_noise(result.clusters)
     _print_files(result.files)
     return 0
 
@@ -145,6 +146,7 @@ def ablate_command(args: argparse.Namespace) -> int:
         result = ablate(_config(args), sweeps=sweeps, progress=bars, report=report, embedding=args.embedding)
     for method in dict.fromkeys(row["method"] for row in result.rows):
         print(table([row for row in result.rows if row["method"] == method], "setting", method))
+    _print_noise(result.clusters)
     _print_files(result.files)
     return 0
 
@@ -158,6 +160,16 @@ def _report(key: str):
         print(f"{name}, seed {row['seed']}: {', '.join(cells)} ({row['seconds']:.1f} s)", file=sys.stderr, flush=True)
 
     return report
+
+
+def _print_noise(clusters) -> None:
+    """Rows that clusters leave out, and classes that they know nothing of."""
+    for found in clusters:
+        if found["noise"]:
+            name = f"{found['setting']}, {found['method']}" if "setting" in found else found["method"]
+            alone = ", ".join(found["classes_of_noise"])
+            more = f"; its own rows alone make the de-biased centre of {alone}, which no cluster has" if alone else ""
+            print(f"{name}, seed {found['seed']}: {found['noise']} of {found['rows']} training rows are noise{more}")
 
 
 def _print_files(files) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from rsfast.deblora.comparison.methods import Method
 from rsfast.deblora.comparison.splits import Split
 from rsfast.deblora.comparison.tasks import Task
 from rsfast.deblora.debiasing.calibration import augment, auto_alpha, calibrate
-from rsfast.deblora.debiasing.centers import debiased_centers
+from rsfast.deblora.debiasing.centers import NoiseWarning, debiased_centers
 from rsfast.deblora.debiasing.clustering import Clusters, cluster_features
+from rsfast.deblora.debiasing.composition import classes_of_noise
 from rsfast.deblora.learning.learn import encode, learn_classes, learn_towards
 from rsfast.deblora.learning.losses import balanced_weights
 from rsfast.deblora.learning.steps import DivergedError
@@ -42,12 +44,14 @@ class Debiased(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A row of the table, F1 by class, what the probe's settings came to, and what the picture of calibration shows."""
+    """A row of the table, F1 by class, the probe's settings, what the picture of calibration shows; and clusters:
+    how many, of how many rows, what is noise, and the names of classes that are noise alone; where there are any."""
 
     row: dict
     by_class: list[dict]
     probe: dict
     picture: dict[str, np.ndarray] | None
+    clusters: dict | None
 
 
 def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: int) -> Debiased:
@@ -57,7 +61,9 @@ def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: in
     )
     counts = np.bincount(labels)
     if config.center == "debiased":
-        mu = debiased_centers(features, labels, clusters.assignments, clusters.centers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseWarning)  # the outcome tells of it
+            mu = debiased_centers(features, labels, clusters.assignments, clusters.centers)
     else:
         groups = labels if config.center == "class-mean" else np.zeros_like(labels)
         means = np.stack([features[groups == g].mean(0) for g in np.unique(groups)])
@@ -75,19 +81,23 @@ def compute(
     Args:
         work: Folder for the checkpoints of trainings, from which a killed run continues.
     """
-    start, picture = time.perf_counter(), None
+    start, seen = time.perf_counter(), None  # features and what debLoRA made of them
     labels = {part: task.labels[getattr(split, part)] for part in PARTS}
     with torch.random.fork_rng():
         torch.manual_seed(mixed_seed(seed, 2))
         adapt = _Adaptation(task, method, config, seed, work, progress)
         adapt.by_classes(split.fit, labels["fit"])
         if method.step == "deblora":
-            picture = adapt.towards_calibrated(split.fit, labels["fit"])
+            seen = adapt.towards_calibrated(split.fit, labels["fit"])
         features = {part: adapt.features(getattr(split, part)) for part in PARTS}
     if method.step == "calibrate":
-        found = debias(features["fit"], labels["fit"], config, seed)
-        picture = _picture(features["fit"], labels["fit"], found, seed)
-        features["fit"], labels["fit"] = augment(features["fit"], labels["fit"], found.calibrated)
+        seen = features["fit"], debias(features["fit"], labels["fit"], config, seed)
+    picture = clusters = None
+    if seen is not None:
+        picture = _picture(seen[0], labels["fit"], seen[1], seed)
+        clusters = {"method": method.name, "seed": seed, **_told(seen[1].clusters, labels["fit"], task.classes)}
+    if method.step == "calibrate":
+        features["fit"], labels["fit"] = augment(features["fit"], labels["fit"], seen[1].calibrated)
     probe = PROBES[config.probe](
         features["fit"], labels["fit"], n_classes=len(task.classes), loss=method.loss, device=config.place(),
         val=(features["val"], labels["val"]) if len(split.val) else None,
@@ -107,7 +117,12 @@ def compute(
         for name, n, score in zip(task.classes, split.counts.counts, single.tolist(), strict=True)
     ]
     chosen = {"method": method.name, "seed": seed, **{name: _known(value) for name, value in probe.chosen.items()}}
-    return Outcome(row, by_class, chosen, picture)
+    return Outcome(row, by_class, chosen, picture, clusters)
+
+
+def _told(clusters: Clusters, labels: np.ndarray, classes: Sequence[str]) -> dict:
+    alone = [str(classes[c]) for c in classes_of_noise(labels, clusters.assignments)]
+    return {"clusters": len(clusters.centers), "rows": len(labels), "noise": clusters.noise, "classes_of_noise": alone}
 
 
 def _known(value):
@@ -141,7 +156,7 @@ class _Adaptation:
                 checkpoint=self.work / "classes.pt", **self.options,
             )  # fmt: skip
 
-    def towards_calibrated(self, rows: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def towards_calibrated(self, rows: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Debiased]:
         """The LoRA of debLoRA: the method's own, or a new one where it has none."""
         before = self.features(rows)
         found = debias(before, labels, self.config, self.seed)
@@ -154,7 +169,7 @@ class _Adaptation:
                 epochs=self.config.deblora_epochs, lr=self.config.deblora_lr, checkpoint=self.work / "towards.pt",
                 **self.options,
             )  # fmt: skip
-        return _picture(before, labels, found, self.seed)
+        return before, found
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         if self.encoder is None:

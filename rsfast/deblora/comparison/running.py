@@ -34,11 +34,14 @@ class RunResult:
         by_class: ``method, seed, class, train`` (its training rows), ``f1`` (percent; None: no test row is of the
             class, or was taken for it).
         files: What was written.
+        clusters: ``method, seed, clusters`` (how many), ``rows, noise`` (of these rows, in no cluster),
+            ``classes_of_noise`` (names of those whose rows all are, and make the de-biased centre by themselves).
     """
 
     rows: list[dict]
     by_class: list[dict]
     files: list[Path]
+    clusters: list[dict] = dataclasses.field(default_factory=list)
 
 
 def run(
@@ -86,11 +89,11 @@ def run(
     try:
         known = _earlier(out / RESULTS)
         _refuse_others(out, known, settings)
-        rows, by_class = _computed(out, known, task, splits, methods, config, settings, report, progress)
+        found = _computed(out, known, task, splits, methods, config, settings, report, progress)
         shutil.rmtree(out / WORK)
     finally:
         lock.release()
-    return _shown(out, rows, by_class, task, methods, config, embedding)
+    return _shown(out, found, task, methods, config, embedding)
 
 
 def prepared(config: RunConfig, task: Task) -> tuple[Task, dict[int, Split]]:
@@ -99,12 +102,12 @@ def prepared(config: RunConfig, task: Task) -> tuple[Task, dict[int, Split]]:
     return task, checked_splits(task, config)
 
 
-def _computed(out, known, task, splits, methods, config, settings, report, progress) -> tuple[list, list]:
+def _computed(out, known, task, splits, methods, config, settings, report, progress) -> dict[str, list]:
     """Rows that are known, and those that were not; each is written when it is there."""
     if not known:
         (out / PICTURE).unlink(missing_ok=True)  # of results that are gone
-    rows, by_class, probes = (known.get(name, []) for name in ("rows", "by_class", "probes"))
-    done = {(row["method"], row["seed"]) for row in rows}
+    kept = {name: known.get(name, []) for name in ("rows", "by_class", "probes", "clusters")}
+    done = {(row["method"], row["seed"]) for row in kept["rows"]}
     # work of other settings is none to go on with
     mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     for method in methods:
@@ -114,32 +117,34 @@ def _computed(out, known, task, splits, methods, config, settings, report, progr
             work = out / WORK / f"{method.name}-{seed}-{mark}"
             work.mkdir(parents=True, exist_ok=True)
             found = compute(task, splits[seed], method, config, seed, work, progress)
-            rows.append(found.row)
-            by_class += found.by_class
-            probes.append(found.probe)  # so that it can be seen what a difference comes from
+            kept["rows"].append(found.row)
+            kept["by_class"] += found.by_class
+            kept["probes"].append(found.probe)  # so that it can be seen what a difference comes from
+            kept["clusters"] += [found.clusters] if found.clusters else []
             if found.picture is not None and not (out / PICTURE).exists():
                 replace(out / PICTURE, lambda temporary, found=found: _save(temporary, found.picture))
-            content = {"rows": rows, "by_class": by_class, "probes": probes, "settings": settings}
-            write_json(out / RESULTS, content)
+            write_json(out / RESULTS, kept | {"settings": settings})
             shutil.rmtree(work)
             if report is not None:
                 report(found.row)
-    return rows, by_class
+    return kept
 
 
-def _shown(out, rows, by_class, task, methods, config, embedding) -> RunResult:
+def _shown(out, found, task, methods, config, embedding) -> RunResult:
     """What was asked for of all rows, and the figures."""
     order = {method.name: i for i, method in enumerate(methods)}
-    asked = [row for row in rows if row["method"] in order and row["seed"] in config.seeds]
+    asked, classes, clusters = (
+        [row for row in found[name] if row["method"] in order and row["seed"] in config.seeds]
+        for name in ("rows", "by_class", "clusters")
+    )
     asked.sort(key=lambda row: (order[row["method"]], config.seeds.index(row["seed"])))
-    classes = [row for row in by_class if row["method"] in order and row["seed"] in config.seeds]
     files = [out / RESULTS]
     if (out / PICTURE).exists():
         with np.load(out / PICTURE) as kept:
             draw_calibration(out / FIGURES[0], **kept, classes=task.classes, embedding=embedding)
         files.append(out / FIGURES[0])
     draw_by_class(out / FIGURES[1], classes)
-    return RunResult(asked, classes, [*files, out / FIGURES[1]])
+    return RunResult(asked, classes, [*files, out / FIGURES[1]], clusters)
 
 
 def _save(path: Path, picture: dict) -> None:
