@@ -8,7 +8,7 @@ import pytest
 
 from rsfast import cli
 from rsfast.deblora import SWEEPS, FeatureStore, LabelledFeatures, RunConfig, ablate, run
-from rsfast.deblora.comparison import experiment, running, tasks
+from rsfast.deblora.comparison import ablation, experiment, running, tasks
 from rsfast.deblora.comparison.experiment import _weights
 from rsfast.deblora.comparison.sources import opened
 from rsfast.deblora.comparison.splits import split_rows
@@ -258,6 +258,18 @@ def test_sweeps_share_the_settings_that_none_of_them_changes(tmp_path, monkeypat
     assert len(rows) == 6 and len(calls) == 5
     base = [row for row in rows if row["setting"] in ("center=debiased", "target_set=balanced")]
     assert without_setting(base[0]) == without_setting(base[1])
+
+
+def test_sweeps_read_the_features_once(tmp_path, monkeypatch):
+    settings = config(tmp_path, method="zero-shot", seeds=(0,))
+    calls, digest_of = [], running.digest_of
+    for module in (running, ablation):
+        monkeypatch.setattr(module, "digest_of", lambda task: calls.append(task) or digest_of(task))
+    ablate(settings, task(settings), sweeps=["center", "target_set"])
+    assert len(calls) == 1
+    alone = run(dataclasses.replace(settings, out=str(tmp_path / "alone")), task(settings)).files[0]
+    base = tmp_path / "run" / "base" / "results.json"
+    assert json.loads(alone.read_text())["settings"] == json.loads(base.read_text())["settings"] and len(calls) == 2
 
 
 def without_setting(row):

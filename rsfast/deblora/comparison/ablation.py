@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rsfast._files import write_json
 from rsfast.deblora.comparison.config import RunConfig, SettingError
-from rsfast.deblora.comparison.running import RunResult, prepared, run
+from rsfast.deblora.comparison.running import RunResult, digest_of, prepared, run
 from rsfast.deblora.comparison.sources import opened
 from rsfast.deblora.comparison.tasks import Task
 from rsfast.deblora.debiasing.clustering import NoClusterError
@@ -57,12 +57,13 @@ def ablate(
     if task is None:
         config, task = opened(config, progress=progress, early=False)
     out, rows, by_class, clusters, reasons = Path(config.out), [], [], [], []
+    shown = dict(progress=progress, embedding=embedding, data=digest_of(task))  # all settings have the same rows
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
             setting = f"{name}={'none' if value is None else value}"
             folder = BASE if value == getattr(config, name) else setting  # which all sweeps have in common
             one = dataclasses.replace(config, **{name: value}, out=str(out / folder))
-            found, reason = _one(one, task, setting, report, dict(progress=progress, embedding=embedding))
+            found, reason = _one(one, task, setting, report, shown)
             if found is None:
                 reasons.append(f"{setting} is left out: {reason}")
                 warnings.warn(reasons[-1], stacklevel=2)

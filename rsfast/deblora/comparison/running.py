@@ -51,6 +51,7 @@ def run(
     report: Callable[[dict], None] | None = None,
     progress: bool = False,
     embedding: str = "pca",
+    data: str | None = None,
 ) -> RunResult:
     """Compare methods, each under every seed: adapt, de-bias, probe, measure on the test rows.
 
@@ -64,6 +65,7 @@ def run(
         report: Called with each row when it is there.
         progress: Show bars.
         embedding: Of the picture of calibration, ``pca`` or ``tsne``.
+        data: :func:`digest_of` the task, where it is known.
 
     Returns:
         Rows in the order of methods, then seeds; also in ``results.json``, with the settings and what was chosen for
@@ -81,7 +83,7 @@ def run(
     config.place()
     if task is None:
         config, task = opened(config, progress=progress)
-    settings = _settings(config, task)
+    settings = _settings(config, data or digest_of(task))
     _refuse_others(out, _earlier(out / RESULTS), settings)
     task, splits = prepared(config, task)  # fails now, and not when other methods have been trained
     (out / WORK).mkdir(parents=True, exist_ok=True)
@@ -173,11 +175,16 @@ def _refuse_others(out: Path, known: dict, settings: dict) -> None:
         raise ValueError(f"out: {out} holds a run of other settings: {listed}; name another folder")
 
 
-def _settings(config: RunConfig, task: Task) -> dict:
+def _settings(config: RunConfig, data: str) -> dict:
     """What a row depends on, as JSON gives it back."""
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    return json.loads(json.dumps(kept | {"data": data}))
+
+
+def digest_of(task: Task) -> str:
+    """What tells the task's rows from others: of features, labels, parts and classes."""
     parts = (task.labels.tobytes(), task.is_test.tobytes(), "\n".join(map(str, task.classes)).encode())
     data = hashlib.sha256(b"".join(parts))
     for start in range(0, len(task.frozen), 4096):
         data.update(np.ascontiguousarray(task.frozen[start : start + 4096]).tobytes())
-    return json.loads(json.dumps(kept | {"data": data.hexdigest()[:16]}))
+    return data.hexdigest()[:16]
