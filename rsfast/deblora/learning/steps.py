@@ -104,7 +104,7 @@ def train(
     with bar, _training(modules), torch.random.fork_rng(devices=forked):
         for epoch in range(len(losses), run.epochs):
             _seed(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
-            order = torch.randperm(len(inputs)).split(run.batch_size)
+            order = inputs.order().split(run.batch_size)
             total = torch.zeros((), dtype=torch.float64, device=device)
             batches = inputs.batches(order, device, seed=mixed_seed(run.seed, epoch, 1))
             for step, (x, rows) in enumerate(zip(batches, order, strict=True)):
