@@ -36,7 +36,11 @@ class RunConfig:
     Args:
         out: Folder of the results.
         features: An ``.npz`` with ``features``, ``label``, ``is_test``, ``classes``, or the folder of a
-            :class:`FeatureStore` with splits. Neither features nor images: scikit-learn's digits.
+            :class:`FeatureStore` with splits. Neither features nor images: scikit-learn's digits. Of a store whose
+            rows take more than 1 GiB in fp32, what a step needs is read from the disk, through files in ``out`` that
+            are removed. Held in memory are what a trained map made of the rows, all rows for the clusterers but
+            ``minibatch`` and the probes but ``linear``, rows and calibrated ones together for ``calibrate``, and K
+            numbers a row under ``rho``.
         images: What :func:`load_labelled` reads: a folder, a list file.
         image_root: Where the images are that a file names.
         image_format: As in :func:`load_labelled`.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rsfast.deblora.comparison import held
 from rsfast.deblora.comparison.config import RunConfig, SettingError
 from rsfast.deblora.comparison.methods import Method
 from rsfast.deblora.comparison.splits import Split
@@ -54,11 +55,17 @@ class Outcome(NamedTuple):
     clusters: dict | None
 
 
-def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: int) -> Debiased:
-    """Clusters, de-biased centres and calibrated features: debLoRA's first two stages."""
+def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: int, work: Path) -> Debiased:
+    """Clusters, de-biased centres and calibrated features: debLoRA's first two stages.
+
+    Features in a file stay there, and so do those calibrated, in one under ``work``; but for the clusterers that need
+    all rows in memory.
+    """
+    limit = held.HELD if config.clusterer == "minibatch" else max(held.HELD, features.nbytes)
     clusters = cluster_features(
-        features, config.clusters, rho=config.rho, method=config.clusterer, seed=seed, device=config.place()
-    )
+        features, config.clusters, rho=config.rho, method=config.clusterer, seed=seed, device=config.place(),
+        memory_limit=limit,
+    )  # fmt: skip
     counts = np.bincount(labels)
     if config.center == "debiased":
         with warnings.catch_warnings():
@@ -70,7 +77,9 @@ def debias(features: np.ndarray, labels: np.ndarray, config: RunConfig, seed: in
         mu = np.broadcast_to(means[0], (len(counts), features.shape[1])).copy()
         mu[np.unique(groups)] = means
     moved = np.flatnonzero((counts > 0) & (auto_alpha(counts) < 1)).tolist()
-    return Debiased(clusters, mu, calibrate(features, labels, mu, config.alpha), sorted(moved, key=lambda c: counts[c]))
+    out = held.in_file(work / "calibrated.f32", *features.shape) if isinstance(features, np.memmap) else None
+    calibrated = calibrate(features, labels, mu, config.alpha, out=out)
+    return Debiased(clusters, mu, calibrated, sorted(moved, key=lambda c: counts[c]))
 
 
 def compute(
@@ -89,9 +98,9 @@ def compute(
         adapt.by_classes(split.fit, labels["fit"])
         if method.step == "deblora":
             seen = adapt.towards_calibrated(split.fit, labels["fit"])
-        features = {part: adapt.features(getattr(split, part)) for part in PARTS}
+        features = {part: adapt.features(getattr(split, part), part) for part in PARTS}
     if method.step == "calibrate":
-        seen = features["fit"], debias(features["fit"], labels["fit"], config, seed)
+        seen = features["fit"], debias(features["fit"], labels["fit"], config, seed, work)
     picture = clusters = None
     if seen is not None:
         picture = _picture(seen[0], labels["fit"], seen[1], seed)
@@ -158,11 +167,13 @@ class _Adaptation:
 
     def towards_calibrated(self, rows: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Debiased]:
         """The LoRA of debLoRA: the method's own, or a new one where it has none."""
-        before = self.features(rows)
-        found = debias(before, labels, self.config, self.seed)
+        before = self.features(rows, "before")
+        found = debias(before, labels, self.config, self.seed, self.work)
         self.encoder = self.task.with_lora(self.encoder or self.task.encoder(None), self.method.trained)
         weights = _weights(labels, found.tail, self.config.target_set)
-        start = float(np.average(np.linalg.norm(found.calibrated - before, axis=1), weights=weights))
+        moved, far = np.isin(labels, found.tail), np.zeros(len(labels))
+        far[moved] = np.linalg.norm(found.calibrated[moved] - before[moved], axis=1)
+        start = float(np.average(far, weights=weights))
         with self._training(_Stage("learning towards calibrated features", "deblora_lr", start, [])) as losses:
             losses += learn_towards(
                 self.encoder, self.task.inputs(rows), found.calibrated, weights=weights,
@@ -171,9 +182,10 @@ class _Adaptation:
             )  # fmt: skip
         return before, found
 
-    def features(self, rows: np.ndarray) -> np.ndarray:
+    def features(self, rows: np.ndarray, name: str) -> np.ndarray:
+        """Of these rows, fp32; a file that holds them is called by the name."""
         if self.encoder is None:
-            return np.asarray(self.task.frozen[rows], dtype=np.float32)
+            return held.taken(self.task.frozen, rows, self.work / f"{name}.f32")
         if not len(rows):
             return np.empty((0, self.task.frozen.shape[1]), dtype=np.float32)
         found = encode(self.encoder, self.task.inputs(rows), batch_size=self.task.at_once, **self.place)

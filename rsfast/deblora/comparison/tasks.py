@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from rsfast.deblora.comparison.config import RunConfig, SettingError
+from rsfast.deblora.comparison.held import PartInputs, too_many
 from rsfast.deblora.data.features import LabelledFeatures
 from rsfast.deblora.learning.inputs import FeatureInputs
 from rsfast.deblora.learning.maps import ClassMaps, FullMap, LowRankMap
@@ -84,6 +85,8 @@ class FeatureTask:
         self.lora = dict(r=config.rank, alpha=config.lora_alpha)
 
     def inputs(self, rows: np.ndarray) -> FeatureInputs:
+        if too_many(self.frozen, len(rows)):
+            return PartInputs(self.frozen, rows)
         return FeatureInputs(np.asarray(self.frozen[rows], dtype=np.float32))  # maps are fp32
 
     def encoder(self, trained: str | None) -> nn.Module:
