@@ -112,6 +112,16 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def memory_table(rows: list[dict]) -> list[str]:
+    """The lines of NOTES, in MB of 10^6 bytes."""
+    lines = ["| rows | the store | `rho` | clusters | and centres | and calibration |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (f"{row['bytes'][name] / 1e6:,.0f}" for name in ("features", *STAGES))
+        features, *stages = cells
+        lines.append(f"| {row['rows']:,} | {features} | {row['rho'] or 'none'} | {' | '.join(stages)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure debLoRA on a CPU.")
     commands = parser.add_subparsers(required=True, dest="what")
@@ -119,7 +129,9 @@ def main() -> None:
     commands.add_parser("aid", help="README's table").add_argument("features", help="npz of the AID scenes")
     args = parser.parse_args()
     if args.what == "memory":
-        results.write_rows(MEMORY, {"clusters": CLUSTERS}, [row for rows in ROWS for row in memory(rows, DIM)])
+        rows = [row for rows in ROWS for row in memory(rows, DIM)]
+        results.write_rows(MEMORY, {"clusters": CLUSTERS}, rows)
+        print(*memory_table(rows), sep="\n")
     else:
         settings, rows = aid(args.features)
         results.write_rows(AID, {"settings": settings}, rows)

@@ -10,7 +10,8 @@ import pytest
 from benchmarks import deblora_cpu
 from rsfast.deblora import FeatureStore
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README, NOTES = ((ROOT / name).read_text() for name in ("README.md", "benchmarks/NOTES.md"))
 
 
 def test_the_store_is_long_tailed(tmp_path):
@@ -66,8 +67,14 @@ def test_a_line_of_the_table():
 
 
 def test_readme_has_the_table_of_the_file():
-    assert "\n".join(deblora_cpu.table(json.loads(deblora_cpu.AID.read_text())["rows"])) in README
+    rows = json.loads(deblora_cpu.AID.read_text())["rows"]
+    assert "\n".join(deblora_cpu.table(rows)) in README
+    found = {(row["target_set"], row["method"], row["seed"]): row for row in rows}
+    for key, decimals in ((("all", "deblora", 0), 1), (("balanced", "zero-shot", 0), 2)):
+        assert f"{found[key]['tail']:.1f} (C = {found[key]['C']:.{decimals}f})" in README
 
 
-def test_readme_has_the_memory_of_the_file():
-    pytest.skip("written when the file is there")
+def test_notes_have_the_memory_of_the_file():
+    rows = json.loads(deblora_cpu.MEMORY.read_text())["rows"]
+    assert "\n".join(f"  {line}" for line in deblora_cpu.memory_table(rows)) in NOTES
+    assert [row["rows"] for row in rows] == [n for n in deblora_cpu.ROWS for _ in "ab"]
