@@ -292,6 +292,14 @@ def test_features_from_a_file_a_store_and_nowhere(tmp_path):
     assert settings.imbalance == 100 and digits.frozen.shape[1] == 64
 
 
+def test_other_validation_rows_are_other_data():
+    settings, data = RunConfig(out="x", rank=2), blobs()
+    val = np.arange(len(data.labels)) % 3 == 1
+    parts = (None, np.zeros_like(val), val, np.roll(val, 1) & ~data.is_test)
+    found = [running.digest_of(FeatureTask(data, settings, part)) for part in parts]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_a_damaged_store_is_refused(tmp_path):
     data = blobs()
     with FeatureStore.create(tmp_path / "store", 6, classes=data.classes) as store:

@@ -185,6 +185,8 @@ def digest_of(task: Task) -> str:
     """What tells the task's rows from others: of features, labels, parts and classes."""
     parts = (task.labels.tobytes(), task.is_test.tobytes(), "\n".join(map(str, task.classes)).encode())
     data = hashlib.sha256(b"".join(parts))
+    if task.is_val.any():
+        data.update(task.is_val.tobytes())
     for start in range(0, len(task.frozen), 4096):
         data.update(np.ascontiguousarray(task.frozen[start : start + 4096]).tobytes())
     return data.hexdigest()[:16]
