@@ -5,6 +5,7 @@ import pytest
 
 from rsfast import cli
 from rsfast.deblora import run
+from rsfast.deblora.comparison.tasks import FeatureTask
 from tests.test_deblora_run import blobs, config, task
 
 QUICK = ["--clusters", "4", "--imbalance", "20", "--seeds", "0", "--rank", "2", "--epochs", "2",
@@ -92,6 +93,13 @@ def test_what_the_data_cannot_have_is_said_by_its_flag(features, capsys, flags, 
     assert cli.main(["deblora", command, *features, *QUICK, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"rsfast: {told}")
+
+
+def test_hdbscan_needs_rows(tmp_path):
+    settings = config(tmp_path, clusterer="hdbscan", imbalance=None, method="calibrate")
+    with pytest.raises(ValueError, match="^clusterer hdbscan needs at least 15 training rows, got 6$"):
+        run(settings, FeatureTask(blobs(classes=2, rows=6), settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_are_named_as_python_names_them(tmp_path):
