@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -34,10 +35,11 @@ def test_streaming_is_measured_in_a_process_of_its_own(monkeypatch):
         deblora_cpu.memory(2000, 64, memory_limit=2**40)  # which would fit in memory: nothing is streamed
 
 
-def test_memory_is_seen(tmp_path):
-    before = deblora_cpu.peak()
-    held = np.ones(2**25)
-    assert deblora_cpu.peak() - before >= 2**27 and held[-1] == 1
+@pytest.mark.skipif(not deblora_cpu.PEAK.exists(), reason="Linux alone says what a process held at most")
+def test_memory_is_seen():
+    code = "import numpy; from benchmarks.deblora_cpu import peak; a = peak(); numpy.ones(2**26); print(peak() - a)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 2**28 < int(done.stdout) < 2**30  # given back at once, and a process of its own has held no more before
 
 
 def test_the_comparison_is_kept_without_what_is_of_the_machine(tmp_path, monkeypatch):
