@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rsfast import cli
-from rsfast.deblora import FeatureStore, RunConfig, run
+from rsfast.deblora import FeatureStore, RunConfig, ablate, run
 from rsfast.deblora.comparison import experiment
 from rsfast.deblora.comparison.sources import backbone, opened
 from rsfast.models import lora_layers
@@ -118,8 +118,27 @@ def test_images_without_a_test_part_are_refused_before_they_are_encoded(scene):
     with pytest.raises(ValueError, match="names no test rows: its splits are train; test_share draws some"):
         opened(settings(scene))
     assert not (scene / "run").exists()
-    _, task = opened(settings(scene, test_share=0.25))
+    _, task = opened(dataclasses.replace(settings(scene, test_share=0.25), imbalance=9.0))
     assert np.bincount(task.labels[task.is_test]).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(clusters=40), "^clusters must be at most 13, the training rows, got 40"),
+        (dict(rank=2**30), "^rank must be at most 16, of the model's widest layer; got"),
+    ],
+)
+def test_numbers_too_large_are_refused_before_images_are_encoded(scene, change, told):
+    with pytest.raises(ValueError, match=told):
+        opened(settings(scene, **change))
+    assert not (scene / "run").exists()
+
+
+def test_a_sweep_may_mend_the_number_of_clusters(scene):
+    many = settings(scene, method="calibrate", clusters=40)
+    with pytest.warns(UserWarning, match="is left out: clusters must be at most 13"):
+        assert {row["setting"] for row in ablate(many, sweeps=["clusters"]).rows} == {"clusters=8"}
 
 
 def test_weights_of_timm_from_a_file(tmp_path):
@@ -158,6 +177,17 @@ def test_models_that_are_not_there(scene, capsys):
         backbone("satmae", None)
     with pytest.raises(FileNotFoundError, match="no weights file w.pt"):
         backbone("vit_tiny_patch16_224", "w.pt")
-    command = ["deblora", "run", "--images", str(scene / "images"), "--model", "resnet-9000", "--out", str(scene / "o")]
+    command = [
+        "deblora",
+        "run",
+        "--images",
+        str(scene / "images"),
+        "--model",
+        "resnet-9000",
+        "--clusters",
+        "3",
+        "--out",
+        str(scene / "o"),
+    ]
     assert cli.main(command) == 2
-    assert "rsfast: model must be of open_clip or timm" in capsys.readouterr().err
+    assert "rsfast: --model must be of open_clip or timm" in capsys.readouterr().err

@@ -18,6 +18,15 @@ from rsfast.harma.loading import mixed_seed
 KEYS = {"settings", "epoch", "weights", "optimizer", "losses"}  # what a checkpoint holds
 
 
+class DivergedError(ValueError):
+    """A loss that is not finite any more, ``loss`` in ``epoch``, counted from 1."""
+
+    def __init__(self, loss: float, epoch: int, kept: Path | None):
+        more = f" The checkpoint {kept} is of the epoch before." if kept is not None and epoch > 1 else ""
+        super().__init__(f"the loss is {loss} in epoch {epoch}; a lower lr may help.{more}")
+        self.loss, self.epoch = loss, epoch
+
+
 @dataclass(frozen=True)
 class Run:
     """Settings of one training, or of one encoding, which scales no gradients and so may be in fp16."""
@@ -72,6 +81,13 @@ def train(
         raise ValueError(
             "nothing of encoder requires a gradient; give it LoRA by rsfast.models.add_lora, or take a map"
         )
+    for name, p in modules.named_parameters():
+        if p.requires_grad and p.dtype == torch.float16:
+            part, _, name = name.partition(".")
+            raise ValueError(
+                f"{('encoder', 'head')[int(part)]}: what is trained must be fp32, bf16 or fp64, as gradients are not "
+                f"scaled; {name} is fp16"
+            )
     path = None if run.checkpoint is None else Path(run.checkpoint)
     state = _load(path, what) if path is not None and path.exists() else None
     with evaluating(modules), torch.no_grad():  # what does not fit shows before anything is changed
@@ -88,7 +104,7 @@ def train(
     with bar, _training(modules), torch.random.fork_rng(devices=forked):
         for epoch in range(len(losses), run.epochs):
             _seed(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
-            order = torch.randperm(len(inputs)).split(run.batch_size)
+            order = inputs.order().split(run.batch_size)
             total = torch.zeros((), dtype=torch.float64, device=device)
             batches = inputs.batches(order, device, seed=mixed_seed(run.seed, epoch, 1))
             for step, (x, rows) in enumerate(zip(batches, order, strict=True)):
@@ -96,7 +112,7 @@ def train(
                     group["lr"] = cosine(epoch * steps + step, lr=run.lr, total=run.epochs * steps)
                 loss = loss_of(x, rows)
                 if device.type == "cpu" and not loss.isfinite():  # where it costs nothing to look
-                    raise ValueError(_diverged(loss.item(), epoch, path))
+                    raise DivergedError(loss.item(), epoch + 1, path)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -104,7 +120,7 @@ def train(
                 bar.update()
             losses.append(total.item() / len(inputs))
             if not math.isfinite(losses[-1]):
-                raise ValueError(_diverged(losses[-1], epoch, path))
+                raise DivergedError(losses[-1], epoch + 1, path)
             bar.set_postfix(loss=f"{losses[-1]:.4g}")
             if path is not None:
                 _save(path, {"settings": what, "epoch": epoch + 1, "losses": losses, "weights": _weights(modules),
@@ -173,11 +189,6 @@ def _seed(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-
-
-def _diverged(loss: float, epoch: int, path: Path | None) -> str:
-    kept = f" The checkpoint {path} is of the epoch before." if path is not None and epoch else ""
-    return f"the loss is {loss} in epoch {epoch + 1}; a lower lr may help.{kept}"
 
 
 def _learns(module: nn.Module) -> bool:
