@@ -55,11 +55,12 @@ int teams_at_once(int members) {
   return members <= 8 ? 3 : 0;
 #else
   constexpr int kShared = sizeof(Shared<Tile>);
-  int device = 0, major = 0, processors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  int device = 0, processors = 0, blocks = 0;
+  cudaFuncAttributes loaded;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaFuncGetAttributes(&loaded, onepass<Tile>) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (major < 8 || (members > 1 && major < 9)) return 0;
+  // asked of the code, not of the GPU: what the driver made from PTX of sm_80 knows nothing of clusters on any GPU
+  if (members > 1 && loaded.ptxVersion < 90) return 0;
   if (cudaFuncSetAttribute(onepass<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return 0;
   if (members == 1) {
     if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, onepass<Tile>, Tile::kThreads, kShared) != cudaSuccess)
