@@ -68,6 +68,13 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home or "/usr/local/cuda", "bin"))
 
 
+def release(nvcc: str) -> str:
+    """``"13.0"``: the version of CUDA that this nvcc is of; empty where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else ""
+
+
 def library_flags(nvcc: str) -> list[str]:
     """Where the CUDA runtime to link lies; asked of nvcc, as its folder differs between installers."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr

@@ -341,12 +341,19 @@ def test_setup_builds_where_it_can(asked_of_setup):
     assert _sources.define(emulated=False) in library.extra_compile_args["nvcc"]
 
 
-@pytest.mark.parametrize("why", ["RSFAST_BUILD_CUDA=0", "nvcc is not found", "PyTorch is not in"])
+@pytest.mark.parametrize(
+    "why", ["RSFAST_BUILD_CUDA=0", "nvcc is not found", "PyTorch is not in", "nvcc is of CUDA 12.8"]
+)
 def test_setup_leaves_it_to_the_first_use_with_one_line(asked_of_setup, monkeypatch, tmp_path, capsys, why):
     if "=" in why:
         monkeypatch.setenv(*why.split("="))
     elif "nvcc" in why:
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        if "12.8" in why:  # another major version than PyTorch's
+            programs = tmp_path / "bin"
+            programs.mkdir()
+            (programs / "nvcc").write_text("#!/bin/sh\necho Cuda compilation tools, release 12.8, V12.8.93\n")
+            (programs / "nvcc").chmod(0o755)
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     asked, _ = asked_of_setup()
