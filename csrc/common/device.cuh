@@ -99,7 +99,7 @@ __device__ __forceinline__ uint32_t load_pair(const uint16_t* p) { return *reint
 
 #else
 
-#define RSF_SHARED(name) unsigned char* name = emulation::me().block->shared
+#define RSF_SHARED(name) unsigned char* name = emulation::shared_memory()
 
 inline float to_float(Bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
 inline float to_float(Fp16 v) {
@@ -125,19 +125,19 @@ inline uint16_t matrix_element(const unsigned char (&board)[32][64], unsigned ma
 }
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   const auto& board = emulation::show(row);
-  const unsigned lane = emulation::me().thread % 32;
+  const unsigned lane = threadIdx.x % 32;
   for (unsigned m = 0; m < 4; ++m)
     r[m] = matrix_element(board, m, lane / 4, lane % 4 * 2) |
            uint32_t(matrix_element(board, m, lane / 4, lane % 4 * 2 + 1)) << 16;
-  __syncwarp();  // nobody writes what another still reads
+  emulation::meet(emulation::my_warp().meeting, false);  // nobody writes what another still reads
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   const auto& board = emulation::show(row);
-  const unsigned lane = emulation::me().thread % 32;
+  const unsigned lane = threadIdx.x % 32;
   for (unsigned m = 0; m < 4; ++m)
     r[m] = matrix_element(board, m, lane % 4 * 2, lane / 4) |
            uint32_t(matrix_element(board, m, lane % 4 * 2 + 1, lane / 4)) << 16;
-  __syncwarp();
+  emulation::meet(emulation::my_warp().meeting, false);
 }
 
 inline float truncated(double exact) {  // to fp32, towards zero, as tensor cores do
@@ -154,7 +154,7 @@ struct Operands {
 template <class T>
 inline void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto& board = emulation::show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const unsigned lane = emulation::me().thread % 32;
+  const unsigned lane = threadIdx.x % 32;
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = c[i];
@@ -167,31 +167,45 @@ inline void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
   }
 }
 
+// Written by its thread when it begins, when it is waited for, and so at any time between.
 inline void copy_async(void* shared, const void* global, bool inside) {
+  emulation::races::touch(shared, 16, emulation::races::kWrite);
+  const emulation::races::Mute mute;
   std::memset(shared, 0xff, 16);  // nothing to see before it is waited for
   emulation::me().groups.back().push_back({shared, inside ? global : nullptr, 16});
 }
-inline void commit_copies() { emulation::me().groups.emplace_back(); }
+inline void commit_copies() {
+  const emulation::races::Mute mute;
+  emulation::me().groups.emplace_back();
+}
 template <int kPending>
 inline void wait_for_copies() {
+  const emulation::races::Mute mute;
   auto& groups = emulation::me().groups;  // the last one is still open
   while (groups.size() > kPending + 1) {
-    for (const auto& copy : groups.front())
+    for (const auto& copy : groups.front()) {
+      emulation::races::touch(copy.to, copy.bytes, emulation::races::kWrite);
+      if (copy.from) emulation::races::touch(copy.from, copy.bytes, emulation::races::kRead);
       copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+    }
     groups.erase(groups.begin());
   }
 }
 
-inline unsigned cluster_rank() { return emulation::me().block->rank; }
-inline unsigned cluster_size() { return emulation::me().block->cluster->blocks.size(); }
+RSF_UNWATCHED inline unsigned cluster_rank() { return emulation::me().block->rank; }
+RSF_UNWATCHED inline unsigned cluster_size() { return emulation::me().block->cluster->size; }
 inline void cluster_barrier() { emulation::meet(emulation::me().block->cluster->meeting); }
 template <class T>
-inline T* in_block(T* shared, unsigned rank) {
+RSF_UNWATCHED inline T* in_block(T* shared, unsigned rank) {
   auto* block = emulation::me().block;
   auto offset = reinterpret_cast<unsigned char*>(shared) - block->shared;
   return reinterpret_cast<T*>(block->cluster->blocks[rank]->shared + offset);
 }
-inline uint32_t load_acquire(const uint32_t* p) { return *reinterpret_cast<const volatile uint32_t*>(p); }
+inline uint32_t load_acquire(const uint32_t* p) {
+  emulation::races::touch(p, 4, emulation::races::kAtomic, emulation::races::kAcquire);
+  const emulation::races::Mute mute;
+  return *reinterpret_cast<const volatile uint32_t*>(p);
+}
 inline void relax() { emulation::yield(); }
 inline uint32_t load_pair(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }
 
