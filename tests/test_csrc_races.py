@@ -75,6 +75,7 @@ __global__ void copied(float* out, bool right) {  // asynchronously, and looked 
   if (right) rsf::wait_for_copies<0>();
   __syncthreads();
   const float got = s[(threadIdx.x + 1) % blockDim.x * 4];
+  __syncthreads();
   rsf::wait_for_copies<0>();
   out[400 + blockIdx.x * blockDim.x + threadIdx.x] = got;
 }
@@ -97,7 +98,7 @@ __global__ void late(float* out, bool right) {  // a block of the cluster that m
 __global__ void outside(float* out, bool right) {  // of shared memory
   RSF_SHARED(raw);
   auto* s = reinterpret_cast<float*>(raw);
-  s[threadIdx.x + (right ? 0 : 1 + 4 * blockDim.x - blockDim.x)] = 1;
+  s[threadIdx.x + (right ? 0 : 3 * blockDim.x + 1)] = 1;
   out[blockIdx.x * blockDim.x + threadIdx.x] = 1;
 }
 __global__ void added(float* out, bool right) {  // by all, and looked at

@@ -167,9 +167,8 @@ inline void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
   }
 }
 
-// Written by its thread when it begins, when it is waited for, and so at any time between.
 inline void copy_async(void* shared, const void* global, bool inside) {
-  emulation::races::touch(shared, 16, emulation::races::kWrite);
+  emulation::races::copy(inside ? global : nullptr, shared, 16, true);
   const emulation::races::Mute mute;
   std::memset(shared, 0xff, 16);  // nothing to see before it is waited for
   emulation::me().groups.back().push_back({shared, inside ? global : nullptr, 16});
@@ -184,8 +183,7 @@ inline void wait_for_copies() {
   auto& groups = emulation::me().groups;  // the last one is still open
   while (groups.size() > kPending + 1) {
     for (const auto& copy : groups.front()) {
-      emulation::races::touch(copy.to, copy.bytes, emulation::races::kWrite);
-      if (copy.from) emulation::races::touch(copy.from, copy.bytes, emulation::races::kRead);
+      emulation::races::copy(copy.from, copy.to, copy.bytes, false);
       copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
     }
     groups.erase(groups.begin());

@@ -101,7 +101,7 @@ struct State {
   uint64_t progress = 0;
 };
 
-inline State the_state;
+__attribute__((visibility("hidden"))) inline State the_state;  // one for a library, not one for all
 RSF_UNWATCHED inline State& state() { return the_state; }
 
 #if defined(__x86_64__)

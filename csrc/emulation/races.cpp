@@ -27,7 +27,7 @@ struct Epochs {  // at most one of each fibre
 };
 
 struct Byte {
-  Epoch write;
+  Epoch write, copy;  // `copy`: one that nobody has waited for yet
   Epochs reads, atomics;
 };
 
@@ -189,6 +189,7 @@ UNWATCHED void access(const void* where, size_t bytes, Kind kind, const void* co
   for (uintptr_t at = first; at < first + bytes; ++at) {
     Byte& byte = byte_at(at);
     const unsigned before = reported;
+    if (byte.copy.time) report(at, names[kind], code, "before it is waited for, a copy by", &byte.copy);
     if (!ordered(byte.write)) report(at, names[kind], code, "unordered with a write by", &byte.write);
     if (kind != kAtomic) check(byte.atomics, at, names[kind], code, "unordered with an addition by");
     if (kind != kRead) check(byte.reads, at, names[kind], code, "unordered with a read by");
@@ -242,6 +243,11 @@ UNWATCHED void begin(unsigned fibres, unsigned threads) {
 }
 
 UNWATCHED void shared(unsigned block, const void* start, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) {  // what lay there before was another block's
+    Byte& byte = byte_at(reinterpret_cast<uintptr_t>(start) + i);
+    byte.write.time = byte.copy.time = 0;
+    byte.reads.count = byte.atomics.count = 0;
+  }
   blocks[block] = {static_cast<const unsigned char*>(start), bytes, 0};
 }
 
@@ -307,6 +313,18 @@ UNWATCHED void touch(const void* at, size_t bytes, Kind kind, Order order) {
     join(clock_of(order == kAcquire ? all.clocks : all.pending, now), word);
     if (order == kNone) join(word, clock_of(all.fenced, now));
   }
+  --all.muted[now];
+}
+
+UNWATCHED void copy(const void* from, const void* to, size_t bytes, bool begins) {
+  if (now < 0) return;
+  const void* code = __builtin_return_address(0);
+  const Epoch none{}, mine{all.first + now, clock_of(all.clocks, now)[now], code};
+  ++all.muted[now];
+  for (size_t i = 0; i < bytes && !begins; ++i) byte_at(reinterpret_cast<uintptr_t>(to) + i).copy = none;
+  access(to, bytes, kWrite, code);
+  if (from) access(from, bytes, kRead, code);
+  for (size_t i = 0; i < bytes && begins; ++i) byte_at(reinterpret_cast<uintptr_t>(to) + i).copy = mine;
   --all.muted[now];
 }
 

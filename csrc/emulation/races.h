@@ -27,6 +27,7 @@ void arrive(const void* meeting, bool last);
 void depart(const void* meeting);
 void fence();
 void touch(const void* at, size_t bytes, Kind kind, Order order = kNone);
+void copy(const void* from, const void* to, size_t bytes, bool begins);  // in the background; from: null for zeros
 unsigned found();                                    // since the launch
 
 #else
@@ -44,6 +45,7 @@ inline void arrive(const void*, bool) {}
 inline void depart(const void*) {}
 inline void fence() {}
 inline void touch(const void*, size_t, Kind, Order = kNone) {}
+inline void copy(const void*, const void*, size_t, bool) {}
 inline unsigned found() { return 0; }
 
 #endif
