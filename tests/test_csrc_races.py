@@ -113,7 +113,8 @@ __global__ void added(float* out, bool right) {  // by all, and looked at
 
 RSF_EXPORT int rsf_mistake(int which, int right, float* out) {
   void (*const cases[])(float*, bool) = {exchange, lanes, overwritten, blocks, copied, early, late, outside, added};
-  return rsf::launch(cases[which], {2, 64, 64 * 16, which == 5 || which == 6 ? 2u : 1u, which == 3}, nullptr, out, right);
+  const rsf::Shape shape{2, 64, 64 * 16, which == 5 || which == 6 ? 2u : 1u, which == 3};
+  return rsf::launch(cases[which], shape, nullptr, out, right);
 }
 """
 CASES = ("exchange", "lanes", "overwritten", "blocks", "copied", "early", "late", "outside", "added")

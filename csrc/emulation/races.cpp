@@ -154,9 +154,13 @@ UNWATCHED void check(const Epochs& others, uintptr_t at, const char* mine, const
 }
 
 UNWATCHED void remember(Epochs& epochs, const Epoch& mine) {
-  unsigned kept = 0;  // what is ordered before this one says no more than this one
-  for (unsigned i = 0; i < epochs.count; ++i)
-    if (!ordered(epochs.at[i])) epochs.at[kept++] = epochs.at[i];
+  unsigned kept = 0;  // what is ordered before this one says no more than this one, nor two of blocks that have ended
+  bool ended = false;
+  for (unsigned i = 0; i < epochs.count; ++i) {
+    const bool old = epochs.at[i].fibre < all.first;
+    if (!ordered(epochs.at[i]) && !(old && ended)) epochs.at[kept++] = epochs.at[i];
+    ended |= old;
+  }
   epochs.count = kept;
   if (kept == epochs.room) {
     epochs.room = epochs.room ? 2 * epochs.room : 2;
