@@ -3,8 +3,8 @@
 // same sources, compiled by a C++ compiler with `-include` of this file.
 //
 // Harsher than a GPU where that finds mistakes: fibres run in shuffled order, shared memory starts as NaN, what an
-// asynchronous copy brings is NaN until it is waited for, tensor cores truncate, and a launch in which nobody can go on
-// is an error.
+// asynchronous copy brings is NaN until it is waited for, tensor cores truncate, fewer blocks are resident than the
+// device promises, and a launch in which nobody can go on is an error.
 #pragma once
 #define RSF_EMULATION 1
 
@@ -39,6 +39,7 @@ constexpr cudaError_t cudaSuccess = 0;
 namespace emulation {
 
 constexpr size_t kStack = 64 * 1024;
+constexpr unsigned kAtOnce = 20;         // blocks that are resident at most
 constexpr unsigned kMostInCluster = 8;  // that every GPU with clusters allows
 
 struct Meeting {  // a barrier of a known number of fibres
@@ -236,6 +237,7 @@ inline int launch(unsigned count, unsigned threads, size_t shared, unsigned clus
   State& s = state();
   if (threads % 32 || count % cluster || cluster > kMostInCluster)
     return failed(RSF_STUCK, "blocks must be whole warps, and grids whole clusters of 8 blocks at most");
+  if (together && count > kAtOnce) return 720;  // cudaErrorCooperativeLaunchTooLarge
   s.blocks = count;
   s.threads = threads;
   s.body = std::move(body);
