@@ -118,6 +118,26 @@ def test_infinity_is_no_number_of_ours(name, device):
         assert not LOSSES[name](image, text, impl="fused").isfinite()
 
 
+HIDES_NOTHING = LOSSES | {
+    f"{size} triplet, gamma {gamma}": lambda v, t, gamma=gamma, same=same, **options: rsfast.adaptive_triplet_loss(
+        v, t, negatives="all", gamma=gamma, **(ids(v.device) | dict(mask_same_id=True) if same else {}), **options
+    )
+    for size, same in (("small", False), ("large", True))
+    for gamma in (0.5, 1.0, 2.0)
+}
+
+
+@pytest.mark.parametrize("name", HIDES_NOTHING)
+def test_nan_is_not_hidden(name, device):
+    """A maximum of NaN and a number is the number, on a GPU."""
+    for dtype in (torch.float32, torch.bfloat16):
+        image, text = (x.detach() for x in drawn(dtype, device=device))
+        image[3, 5] = torch.nan
+        loss = HIDES_NOTHING[name](image.requires_grad_(), text, impl="fused")
+        (grad,) = torch.autograd.grad(loss, image)
+        assert loss.isnan() and (grad[3].isnan().any() or name in ("triplet", "hardest"))  # NaN is no violation
+
+
 @each_loss
 def test_what_has_no_derivative_says_so(name, device):
     image, text = drawn(torch.float32, device=device)
