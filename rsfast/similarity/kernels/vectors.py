@@ -28,13 +28,14 @@ HIGHEST = tl.constexpr(122.6)  # base-2 logarithm that no sum of exponentials re
 SPAN = tl.constexpr(100.0)  # exponents down to minus this leave sums of them exact
 LOWEST = tl.constexpr(-126.0)  # exponentials below are flushed to zero
 SMALLEST = tl.constexpr(2.0**-100)  # share of a row that is the unit of G: less, and factors of it overflow
+LEAST = tl.constexpr(-110.0)  # exponent of the smallest unit, which FULL must not take below fp32's normal numbers
 SHARP = tl.constexpr(60.0)  # scores above may overflow exp(-S), which the triplet's two directions share
 
 
 @triton.jit
 def _unit(bound, FULL: tl.constexpr):
     """A power of two near the largest entry of G, so that stored in units of it G ends near FULL."""
-    return tl.where(bound > 0, tl.exp2(tl.ceil(tl.log2(bound))), 1.0) / FULL
+    return tl.where(bound > 0, tl.exp2(tl.maximum(tl.ceil(tl.log2(bound)), LEAST)), 1.0) / FULL
 
 
 @triton.jit
