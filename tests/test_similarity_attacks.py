@@ -167,6 +167,14 @@ def test_launches_are_on_the_tensors_gpu(monkeypatch):
     assert current == [0, 1, 0]
 
 
+@pytest.mark.parametrize("sm, reasons", ((75, 1), (80, 0), (120, 0)))
+def test_gpus_that_the_kernels_are_not_made_for(sm, reasons, monkeypatch):
+    """Shared memory and registers of a T4 do not hold the tiles, and it has no bf16."""
+    monkeypatch.setattr(_dispatch, "capability", lambda device: sm)
+    why_not = _dispatch.why_not_triton(types.SimpleNamespace(is_cuda=True, device=torch.device("cuda")))
+    assert why_not == ["the GPU has compute capability 7.5, and the kernels need 8.0 or newer"] * reasons
+
+
 def test_the_same_ids_twice_are_ids_once(device):
     """One tensor for both sides: the kernels that keep the diagonal apart serve it."""
     image, text = drawn(torch.float32, device=device)
