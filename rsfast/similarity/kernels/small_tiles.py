@@ -10,7 +10,7 @@ import triton.language as tl
 from rsfast._tiles import LOG2E, cast, dot
 
 TILES = tl.constexpr(16)  # most tiles along a side
-ROOM = tl.constexpr(512)  # most pieces of tiles
+ROOM = tl.constexpr(1024)  # most pieces of tiles: four of each
 NOTHING = tl.constexpr(-1e30)  # the score of what is no pair: its exponential and its violation are zero
 
 # partial results of the tiles, [tile of the other side, row or column] each
