@@ -63,10 +63,12 @@ class Run:
         return torch.autocast(device.type, PRECISIONS[self.precision])
 
 
-def train(
-    modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run, device: torch.device, what: dict
-) -> list[float]:
-    """Mean loss of each epoch; ``loss_of(batch, indices)`` is the mean over the rows of a batch."""
+def train(modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run, what: dict) -> list[float]:
+    """Mean loss of each epoch; ``loss_of(batch, indices)`` is the mean over a batch's rows, on the batch's device.
+
+    The first batch is on the device that the modules come on, the others on the one that they are trained on.
+    """
+    device = run.device_of(modules)
     learned = [p for p in modules.parameters() if p.requires_grad]
     if not learned:
         raise ValueError(
