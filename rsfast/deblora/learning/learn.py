@@ -136,7 +136,7 @@ def learn_classes(
             return encoder.logits(x) if head is None else head(_features(encoder, x))
 
     with evaluating(modules), torch.no_grad():
-        classes = logits_of(inputs.batch([0], run.current_device(modules))).shape[1]
+        classes = logits_of(inputs.batch([0], run.start(modules))).shape[1]
     labels = as_integers(labels, "labels", len(inputs), most=classes - 1).cpu()
     counts = torch.bincount(labels, minlength=classes) if counts is None else counts
     measure = class_loss(loss, counts, tau=tau)

@@ -57,6 +57,12 @@ class Run:
     def current_device(self, modules: nn.Module) -> torch.device:
         return next((p.device for p in modules.parameters()), torch.device("cpu"))
 
+    def start(self, modules: nn.Module) -> torch.device:
+        """Where a first batch can be tried: where the modules are; those of several places are moved for it."""
+        if len({p.device for p in modules.parameters()}) > 1:
+            modules.to(self.device_of(modules))
+        return self.current_device(modules)
+
     def autocast(self, device: torch.device):
         if self.precision == "fp32":
             return contextlib.nullcontext()
@@ -77,7 +83,7 @@ def train(modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor
     path = None if run.checkpoint is None else Path(run.checkpoint)
     state = _load(path, what) if path is not None and path.exists() else None
     with evaluating(modules), torch.no_grad():  # what does not fit shows before anything is changed
-        loss_of(inputs.batch([0], run.current_device(modules)), torch.tensor([0]))
+        loss_of(inputs.batch([0], run.start(modules)), torch.tensor([0]))
     modules.to(device)
     optimizer = torch.optim.AdamW(learned, lr=run.lr, weight_decay=run.weight_decay)
     losses: list[float] = []
