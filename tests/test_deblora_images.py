@@ -48,7 +48,8 @@ def settings(scene, **more):
 
 
 def test_every_method_on_images(scene):
-    result = run(settings(scene, method="zero-shot,fine-tune,lora,clora,deblora,fine-tune+deblora,clora+deblora"))
+    methods = "zero-shot,fine-tune,lora,clora,deblora,fine-tune+deblora,clora+deblora"
+    result = run(settings(scene, method=methods, precision="fp32"))  # one epoch changes less than bf16, of GPUs, shows
     assert len(result.rows) == 7
     by_name = {row["method"]: row for row in result.rows}
     assert len({row["inter"] for row in result.rows}) == 7  # every one has changed the features in its way
