@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rsfast._files import load_state, replace
 from rsfast.harma.config import PRECISIONS
-from rsfast.harma.loading import mixed_seed
+from rsfast.harma.loading import mixed_seed, seed_generators
 
 KEYS = {"settings", "epoch", "weights", "optimizer", "losses"}  # what a checkpoint holds
 
@@ -95,7 +95,7 @@ def train(modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor
     bar = tqdm(total=run.epochs * steps, initial=len(losses) * steps, unit="step", disable=not run.progress)
     with bar, _training(modules), torch.random.fork_rng(devices=forked):
         for epoch in range(len(losses), run.epochs):
-            _seed(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
+            seed_generators(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
             order = torch.randperm(len(inputs)).split(run.batch_size)
             total = torch.zeros((), dtype=torch.float64, device=device)
             batches = inputs.batches(order, device, seed=mixed_seed(run.seed, epoch, 1))
@@ -173,14 +173,6 @@ def _restore(modules: nn.Module, optimizer: torch.optim.Optimizer, state: dict) 
     for name, tensor in _weights(modules).items():
         tensor.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """The generators that training draws from; torch.manual_seed would reseed the other GPUs too."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
 
 
 def _diverged(loss: float, epoch: int, path: Path | None) -> str:
