@@ -27,7 +27,7 @@ from rsfast.deblora.learning.losses import balanced_weights
 from rsfast.deblora.learning.steps import DivergedError
 from rsfast.deblora.probes.by_name import PROBES
 from rsfast.deblora.probes.metrics import class_distances, class_f1, grouped_f1
-from rsfast.harma.loading import mixed_seed
+from rsfast.harma.loading import mixed_seed, seed_generators
 
 PARTS = ("fit", "val", "test")
 SHOWN = 2000  # rows of the picture
@@ -92,8 +92,9 @@ def compute(
     """
     start, seen = time.perf_counter(), None  # features and what debLoRA made of them
     labels = {part: task.labels[getattr(split, part)] for part in PARTS}
-    with torch.random.fork_rng():
-        torch.manual_seed(mixed_seed(seed, 2))
+    place = torch.device(config.place())
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        seed_generators(mixed_seed(seed, 2), place)
         adapt = _Adaptation(task, method, config, seed, work, progress)
         adapt.by_classes(split.fit, labels["fit"])
         if method.step == "deblora":

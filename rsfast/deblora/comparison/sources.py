@@ -148,7 +148,7 @@ def backbone(model: str, pretrained: str | None) -> nn.Module:
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"pretrained: there is no weights file {file}; 'timm' takes timm's own")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # random weights are the same when a run goes on
+            torch.default_generator.manual_seed(0)  # random weights are the same when a run goes on
             made = timm.create_model(model, pretrained=pretrained == "timm", num_classes=0)
         if file is not None:
             _load_timm(made, model, file)

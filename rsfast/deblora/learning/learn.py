@@ -74,8 +74,6 @@ def learn_towards(
     goal.check()
     share = None if weights is None else _shares(weights, len(inputs))
     modules = nn.ModuleList([encoder])
-    device = run.device_of(modules)
-    share = share if share is None else share.to(device)
 
     def loss_of(x: Tensor, indices: Tensor) -> Tensor:
         aim = goal.batch(indices, x.device)
@@ -86,10 +84,10 @@ def learn_towards(
         difference = found.to(aim.dtype) - aim
         # the gradient of the norm at 0 is 0
         far = difference.square().sum(1) if squared else torch.linalg.vector_norm(difference, dim=1)
-        return far.mean() if share is None else (far * share[indices.to(far.device)].to(far.dtype)).mean()
+        return far.mean() if share is None else (far * share[indices].to(far)).mean()
 
     what = settings(run, inputs, modules, task="towards", squared=squared, data=goal, adjusted=[share])
-    return train(modules, inputs, loss_of, run, device, what)
+    return train(modules, inputs, loss_of, run, what)
 
 
 def learn_classes(
@@ -134,18 +132,16 @@ def learn_classes(
     inputs = as_inputs(inputs)
     inputs.check()
     modules = nn.ModuleList([encoder] if head is None else [encoder, head])
-    device = run.device_of(modules)
 
     def logits_of(x: Tensor) -> Tensor:
         with run.autocast(x.device):
             return encoder.logits(_as_in(encoder, x)) if head is None else head(_as_in(head, _features(encoder, x)))
 
     with evaluating(modules), torch.no_grad():
-        classes = logits_of(inputs.batch([0], run.current_device(modules))).shape[1]
+        classes = logits_of(inputs.batch([0], run.start(modules))).shape[1]
     labels = as_integers(labels, "labels", len(inputs), most=classes - 1).cpu()
     counts = torch.bincount(labels, minlength=classes) if counts is None else counts
-    measure = class_loss(loss, counts, tau=tau).to(device)
-    where = labels.to(device)
+    measure = class_loss(loss, counts, tau=tau)
     what = settings(
         run,
         inputs,
@@ -156,7 +152,11 @@ def learn_classes(
         data=labels,
         adjusted=[measure.weight, measure.adjustment],
     )
-    return train(modules, inputs, lambda x, rows: measure(logits_of(x), where[rows.to(device)]), run, device, what)
+
+    def loss_of(x: Tensor, indices: Tensor) -> Tensor:
+        return measure.to(x.device)(logits_of(x), labels[indices].to(x.device))
+
+    return train(modules, inputs, loss_of, run, what)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rsfast._files import load_state, replace
 from rsfast.harma.config import PRECISIONS
-from rsfast.harma.loading import mixed_seed
+from rsfast.harma.loading import mixed_seed, seed_generators
 
 KEYS = {"settings", "epoch", "weights", "optimizer", "losses"}  # what a checkpoint holds
 
@@ -66,16 +66,24 @@ class Run:
     def current_device(self, modules: nn.Module) -> torch.device:
         return next((p.device for p in modules.parameters()), torch.device("cpu"))
 
+    def start(self, modules: nn.Module) -> torch.device:
+        """Where a first batch can be tried: where the modules are; those of several places are moved for it."""
+        if len({p.device for p in modules.parameters()}) > 1:
+            modules.to(self.device_of(modules))
+        return self.current_device(modules)
+
     def autocast(self, device: torch.device):
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(device.type, PRECISIONS[self.precision])
 
 
-def train(
-    modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run, device: torch.device, what: dict
-) -> list[float]:
-    """Mean loss of each epoch; ``loss_of(batch, indices)`` is the mean over the rows of a batch."""
+def train(modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run, what: dict) -> list[float]:
+    """Mean loss of each epoch; ``loss_of(batch, indices)`` is the mean over a batch's rows, on the batch's device.
+
+    The first batch is on the device that the modules come on, the others on the one that they are trained on.
+    """
+    device = run.device_of(modules)
     learned = [p for p in modules.parameters() if p.requires_grad]
     if not learned:
         raise ValueError(
@@ -91,7 +99,7 @@ def train(
     path = None if run.checkpoint is None else Path(run.checkpoint)
     state = _load(path, what) if path is not None and path.exists() else None
     with evaluating(modules), torch.no_grad():  # what does not fit shows before anything is changed
-        loss_of(inputs.batch([0], run.current_device(modules)), torch.tensor([0]))
+        loss_of(inputs.batch([0], run.start(modules)), torch.tensor([0]))
     modules.to(device)
     optimizer = torch.optim.AdamW(learned, lr=run.lr, weight_decay=run.weight_decay)
     losses: list[float] = []
@@ -103,7 +111,7 @@ def train(
     bar = tqdm(total=run.epochs * steps, initial=len(losses) * steps, unit="step", disable=not run.progress)
     with bar, _training(modules), torch.random.fork_rng(devices=forked):
         for epoch in range(len(losses), run.epochs):
-            _seed(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
+            seed_generators(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
             order = inputs.order().split(run.batch_size)
             total = torch.zeros((), dtype=torch.float64, device=device)
             batches = inputs.batches(order, device, seed=mixed_seed(run.seed, epoch, 1))
@@ -181,14 +189,6 @@ def _restore(modules: nn.Module, optimizer: torch.optim.Optimizer, state: dict) 
     for name, tensor in _weights(modules).items():
         tensor.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """The generators that training draws from; torch.manual_seed would reseed the other GPUs too."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
 
 
 def _learns(module: nn.Module) -> bool:
