@@ -71,6 +71,7 @@ def test_optimal(kind, ties, monkeypatch):
         lower, upper = random_bounds(rng, kind, *costs.shape)
         monkeypatch.setattr(finish, "NEAR", int(rng.choice([1, 8, 1 << 14])))  # so that lists run out, or do not
         monkeypatch.setattr(assign, "ROUNDS", int(rng.choice([0, 1, 16])))
+        monkeypatch.setattr(finish, "FEW", int(rng.choice([1, 100, 1 << 22])))
         start = torch.from_numpy(rng.normal(size=costs.shape[1]) * numbers.max()) if rng.random() < 0.4 else None
         found = constrained_assign(costs, lower, upper, subsidies=start, impl="reference")
         check_certificate(costs, found, lower, upper)
@@ -91,6 +92,7 @@ def test_few_paths_need_few_rows(ties, monkeypatch):
     def all_rows(gaps, *_):
         return torch.ones_like(gaps[0], dtype=torch.bool)
 
+    monkeypatch.setattr(finish, "NEAR", 1)  # so that the first list runs out
     for rounds in (2, 4, 6, 16):
         monkeypatch.setattr(assign, "ROUNDS", rounds)
         costs = torch.rand(3000, 6, generator=generator) + torch.linspace(0, 0.4, 6)

@@ -11,6 +11,7 @@ from rsfast.kmeans.constraint.fixed import FAR
 
 NEAR = 1 << 14  # moves that travel to the host at first; if they run out, it is 8 times as many
 GROWTH = 8
+FEW = 1 << 22  # numbers of the rows that hold what some paths may need
 
 
 class Way(NamedTuple):
@@ -33,7 +34,7 @@ def finish(
     while not _fit(labels, subsidies, lower, upper):
         counts = torch.bincount(labels, minlength=len(gaps))
         wrong = _wrong(counts, subsidies, lower, upper)
-        if not gaps.is_cuda and len(gaps) ** 2 * (wrong + 1) <= NEAR:  # a GPU has kernels for what follows below
+        if moves > NEAR and _few(len(gaps), wrong):
             rows = ascent.nearest(gaps, subsidies, labels, wrong + 1).nonzero()[:, 0]
             return _moved(gaps, subsidies, bounds, counts, labels, rows, FAR, way)[1:]
         totals = way.widths(gaps, subsidies, labels).cpu().cumsum(0)
@@ -43,12 +44,16 @@ def finish(
         width = max(width + 1, int((totals <= moves).sum()) - 1)
         reach = FAR if totals[width] == totals[-1] else (1 << width) - 1
         rows = way.near(gaps, subsidies, labels, reach).nonzero()[:, 0]
-        counts = torch.bincount(labels, minlength=len(gaps))
         done, labels, subsidies = _moved(gaps, subsidies, bounds, counts, labels, rows, reach, way)
         if done:
             break
         moves *= GROWTH
     return labels, subsidies
+
+
+def _few(clusters: int, wrong: int) -> bool:
+    """Whether so many paths need few rows: of every pair of clusters one more than there are paths."""
+    return clusters**3 * (wrong + 1) <= FEW
 
 
 def _moved(gaps, subsidies, bounds, counts, labels, rows, reach, way) -> tuple[bool, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import heapq
 
 import numpy as np
 
-from rsfast.kmeans.constraint.fixed import FAR
+from rsfast.kmeans.constraint.fixed import FAR, chunks
 
 
 def shortest_paths(
@@ -48,14 +48,14 @@ class _Graph:
 
     def _lists(self, reach):
         """Of every ordered pair of clusters the points that may move, as heaps of (cost, row)."""
-        own = np.take_along_axis(self.gaps, self.labels[:, None], 1)
-        deltas = self.gaps - own
-        slack = deltas - self.subsidies[None, :] + self.subsidies[self.labels][:, None]
-        near = slack <= reach
-        near[np.arange(len(near)), self.labels] = False
         moves = [[[] for _ in range(self.hub)] for _ in range(self.hub)]
-        for row, target in zip(*near.nonzero(), strict=True):
-            moves[self.labels[row]][target].append((int(deltas[row, target]), int(row)))
+        for rows in chunks(self.hub, len(self.labels)):
+            labels, gaps = self.labels[rows], self.gaps[rows]
+            deltas = gaps - np.take_along_axis(gaps, labels[:, None], 1)
+            near = deltas - self.subsidies[None, :] + self.subsidies[labels][:, None] <= reach
+            near[np.arange(len(near)), labels] = False
+            for row, target in zip(*near.nonzero(), strict=True):
+                moves[labels[row]][target].append((int(deltas[row, target]), rows.start + int(row)))
         for heaps in moves:
             for heap in heaps:
                 heapq.heapify(heap)
