@@ -187,9 +187,13 @@ def launches() -> dict[str, float]:
     def wait(times):
         barriers_kernel[(programs,)](counters, TIMES=times, num_warps=4, launch_cooperative_grid=True)
 
+    def opened() -> tuple:
+        counters.zero_()
+        return ()
+
     wait(BARRIERS)
     assert (counters == programs).all(), "a barrier was passed early"
-    least, most = (measure.event_seconds(lambda t=t: wait(t), lambda: counters.zero_() and ()) for t in (8, BARRIERS))
+    least, most = (measure.event_seconds(lambda t=t: wait(t), opened) for t in (8, BARRIERS))
     return found | {"grid_barrier_seconds": (most - least) / (BARRIERS - 8)}
 
 

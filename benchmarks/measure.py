@@ -60,12 +60,16 @@ def sets_of_inputs(bytes_of_one: int) -> int:
     return max(4, -(-2 * l2_bytes() // max(bytes_of_one, 1))) if torch.cuda.is_available() else 1
 
 
-def flush() -> Callable[[], None]:
+def flush(device: str = "cuda") -> Callable[[], None]:
     """What empties the L2 cache: writes four times its size."""
     if not torch.cuda.is_available():
         return lambda: None
-    junk = torch.empty(4 * l2_bytes(), dtype=torch.uint8, device="cuda")
-    return lambda: junk.zero_() and None
+    junk = torch.empty(4 * l2_bytes(), dtype=torch.uint8, device=device)
+
+    def run() -> None:
+        junk.zero_()
+
+    return run
 
 
 def event_seconds(run: Callable, setup: Callable = tuple, rounds: int = 20) -> float:

@@ -138,6 +138,13 @@ def test_each_round_starts_cold_and_runs_what_it_should(monkeypatch, calls, whic
     assert log[-2 * len(rounds) :] == 2 * rounds
 
 
+def test_the_cache_is_flushed_before_a_round(monkeypatch):
+    monkeypatch.setattr(measure.torch, "cuda", Pretended())
+    written = []
+    monkeypatch.setattr(measure.torch.Tensor, "zero_", lambda junk: written.append(junk.nbytes) or junk)
+    assert measure.flush("cpu")() is None and written == [4 * Pretended.L2]
+
+
 def test_without_a_graph_events_are_used_and_said(monkeypatch, calls):
     for which in measure.PASSES:
         found, log, _ = timed(monkeypatch, calls, which, refuse_capture=True)
