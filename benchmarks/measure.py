@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks import capture
+
 PASSES = ("forward+backward", "forward", "backward")
 ROUNDS, WARM_UPS = 50, 5
 
@@ -109,23 +111,13 @@ def memory(call: Call, which: str) -> dict[str, int]:
 
 def _captured(calls: Sequence[Call], which: str) -> tuple[Callable, Callable]:
     """(setup, run) that replay CUDA graphs of all calls; gradients are captured as torch's graphed callables are."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # a first call may compile, allocate or create handles, which no capture allows
-            for call in calls[:2]:
-                if which == "forward":
-                    with torch.no_grad():
-                        call.forward()
-                else:
-                    call.both()
-    torch.cuda.current_stream().wait_stream(side)
+    capture.warm([torch.no_grad()(call.forward) if which == "forward" else call.both for call in calls])
     forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    with torch.cuda.graph(forward, pool=pool), torch.set_grad_enabled(which != "forward"):
+    with capture.graph(forward, pool), torch.set_grad_enabled(which != "forward"):
         outputs = [call.forward() for call in calls]
     if which == "forward":
         return lambda: outputs and None, forward.replay
-    with torch.cuda.graph(backward, pool=pool):
+    with capture.graph(backward, pool):
         gradients = [call.backward(y) for call, y in zip(calls, outputs, strict=True)]
     if which == "backward":
         return lambda: gradients and forward.replay(), backward.replay
@@ -146,9 +138,8 @@ def _runner(calls: Sequence[Call], which: str, graph: bool) -> tuple[Callable, C
     if graph:
         try:
             return *_captured(calls, which), len(calls), "graph"
-        except RuntimeError as error:
-            if "captur" not in str(error):
-                raise
+        except capture.NotCapturable as error:
+            print(f"no graph: {error}")
     return *_eager(calls[0], which), 1, "events"
 
 
@@ -269,17 +260,12 @@ def captured_step(step: Callable[[], object]) -> tuple[Callable[[], None], int |
     """
     if not torch.cuda.is_available():
         return step, None
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what the optimizer keeps is made in the first
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    capture.warm([step])  # what the optimizer keeps is made in the first
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture.graph(graph):
         step()
     return graph.replay, torch.cuda.max_memory_allocated()
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import capture, measure
 
 
 class Pretended:
@@ -38,6 +38,9 @@ class Pretended:
         graph.replay = lambda: self.log.append(f"replay {graph.name}")
         self.log.append(f"new {graph.name}")
         return graph
+
+    def set_sync_debug_mode(self, mode):
+        self.log.append(f"waits: {mode}")
 
     @contextlib.contextmanager
     def graph(self, graph, pool):
@@ -94,6 +97,8 @@ class Benchmark:
 @pytest.fixture(autouse=True)
 def _clock_rate(monkeypatch):
     monkeypatch.setattr(measure, "_sm_mhz", lambda: 1980)
+    monkeypatch.setattr(capture, "_clear_up", lambda stream, pool: None)
+    monkeypatch.setattr(capture, "healthy", lambda: None)
 
 
 @pytest.fixture
@@ -105,8 +110,8 @@ def calls():
     return [a_call(i) for i in range(5)]
 
 
-def timed(monkeypatch, calls, which, options=None, **world):
-    world = Pretended(**world)
+def timed(monkeypatch, calls, which, options=None, world=None, **made):
+    world = world or Pretended(**made)
     monkeypatch.setattr(measure.torch, "cuda", world)
     monkeypatch.setattr(measure, "flush", lambda: lambda: world.log.append("flush"))
     clock = measure.DeviceClock()
@@ -152,6 +157,34 @@ def test_without_a_graph_events_are_used_and_said(monkeypatch, calls):
         assert "flush" in log and not any(entry.startswith("replay") for entry in log)
 
 
+def test_what_waits_for_the_device_is_never_captured(monkeypatch, calls):
+    world = Pretended()
+    plain = calls[0].function
+
+    def waits():
+        if world.log[-1:] == ["waits: error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return plain()
+
+    calls[0].function = waits
+    found, log, _ = timed(monkeypatch, calls, "forward", world=world)
+    assert found["method"] == "events" and log.count("waits: default") == 1 and not any("graph" in e for e in log)
+
+
+def test_every_input_has_run_before_it_is_captured(monkeypatch, calls):
+    world, ran = Pretended(), set()
+    for i, call in enumerate(calls):
+        call.function = lambda i=i, plain=call.function: (ran.add(i), plain())[1]
+
+    @contextlib.contextmanager
+    def graph(graph, pool):
+        assert ran == set(range(len(calls)))  # a first call may compile
+        yield
+
+    world.graph = graph
+    timed(monkeypatch, calls, "forward", world=world)
+
+
 def test_an_error_of_the_operation_is_not_taken_for_a_failed_capture(monkeypatch, calls):
     def broken():
         raise RuntimeError("illegal memory access")
@@ -195,11 +228,12 @@ def test_a_step_is_timed_in_turn_with_another_made_after_its_memory_is_known(mon
 def test_a_captured_step_says_what_it_held_and_is_replayed(monkeypatch):
     world, log = Pretended(), []
     monkeypatch.setattr(measure.torch, "cuda", world)
-    monkeypatch.setattr(world, "graph", lambda graph: contextlib.nullcontext(log.append("capture")), raising=False)
+    held = lambda graph, pool: contextlib.nullcontext(log.append("capture"))  # noqa: E731
+    monkeypatch.setattr(world, "graph", held, raising=False)
     replay, peak = measure.captured_step(lambda: log.append("step"))
-    assert log == ["step"] * 3 + ["capture", "step"] and peak == 700
+    assert log == ["step"] * 4 + ["capture", "step"] and peak == 700
     replay()
-    assert world.log == ["new graph 0", "replay graph 0"] and len(log) == 5
+    assert world.log[-2:] == ["new graph 0", "replay graph 0"] and len(log) == 6
 
 
 def pairs(calls):
@@ -233,12 +267,12 @@ def test_ours_runs_before_every_round_of_another(monkeypatch, calls, which, grap
 def test_ours_is_not_compared_by_another_method(monkeypatch, calls):
     captures = iter((True, False))
 
-    def capture(calls, which):
+    def captured(calls, which):
         if next(captures):
             return list, lambda: None
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise capture.NotCapturable("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(measure, "_captured", capture)
+    monkeypatch.setattr(measure, "_captured", captured)
     found, _, _ = timed(monkeypatch, calls, "forward", dict(beside=calls))
     assert found["method"] == "graph" and "beside_seconds" not in found
 
