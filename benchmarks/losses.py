@@ -221,7 +221,7 @@ def too_large(name: str, shape: tuple[int, int], dtype: torch.dtype, impl: str) 
     run = build(name, dtype, impl, small.kwargs)
     call = Call(functools.partial(run, *leaves), leaves, small.dy)
     call.both()  # what a first call allocates once must not be multiplied
-    a_pair = memory(call, "forward+backward")["peak_memory"] / PROBE**2
+    a_pair = memory(call, "forward+backward")[0]["peak_memory"] / PROBE**2
     torch.cuda.empty_cache()
     free, need = torch.cuda.mem_get_info()[0], a_pair * shape[0] ** 2
     return None if need < free else f"{impl} needs {need / 1e9:.0f} GB ({a_pair:.0f} a pair), {free / 1e9:.0f} are free"

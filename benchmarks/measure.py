@@ -1,10 +1,10 @@
 """How one call is timed: device clock, cold cache, graphs, memory."""
 
+import ctypes
 import dataclasses
 import functools
 import gc
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,23 +15,27 @@ from benchmarks import capture
 
 PASSES = ("forward+backward", "forward", "backward")
 ROUNDS, WARM_UPS = 50, 5
+LONGEST = 10.0  # seconds for the rounds of one row
 
 
 class DeviceClock:
-    """pytest-benchmark timer that advances by GPU time, divided by the calls in a round; wall time without a GPU."""
+    """pytest-benchmark timer that advances by a round's GPU time, divided by its calls; wall time without a GPU.
+
+    Called before a round and after it. Unless it ``waits``, a round is launched while the GPU still empties its cache,
+    so that no launch of a graph is counted.
+    """
 
     def __init__(self):
-        self.now, self.last, self.calls = 0.0, None, 1
+        self.now, self.start, self.calls, self.waits = 0.0, None, 1, True
 
     def __call__(self) -> float:
         if not torch.cuda.is_available():
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        if self.last is not None:
-            self.now += self.last.elapsed_time(event) / 1e3 / self.calls  # ms -> s
-        self.last = event
+        if self.start is None:
+            self.start = _event(self.waits)
+        else:
+            self.now += _since(self.start) / self.calls
+            self.start = None
         return self.now
 
 
@@ -80,20 +84,36 @@ def event_seconds(run: Callable, setup: Callable = tuple, rounds: int = 20) -> f
     return statistics.median(took[3:])
 
 
-def _between_events(run: Callable, args: tuple) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+def _between_events(run: Callable, args: tuple, waits: bool = True) -> float:
+    start = _event(waits)
     run(*args)
-    stop.record()
+    return _since(start)
+
+
+def _event(waits: bool):
+    """A point in the GPU's time; all that comes before it is done, if it ``waits``."""
+    event = torch.cuda.Event(enable_timing=True)
+    if waits:
+        torch.cuda.synchronize()
+    event.record()
+    return event
+
+
+def _since(start) -> float:
+    """Seconds from then until all is done that was launched."""
+    stop = _event(False)
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3
 
 
-def memory(call: Call, which: str) -> dict[str, int]:
-    """Peak bytes above the inputs in a run of its own; with a backward also what forward saves for it."""
+def memory(call: Call, which: str) -> tuple[dict[str, int], float]:
+    """Peak bytes above the inputs in a run of its own, with a backward also what forward saves for it; its seconds."""
+    if which == "forward":
+        with torch.no_grad():
+            call.forward()  # without gradients it may be compiled once more, and what that takes is not its own
     gc.collect()
     torch.cuda.synchronize()
+    begun = time.perf_counter()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found = {}
@@ -106,7 +126,13 @@ def memory(call: Call, which: str) -> dict[str, int]:
         found["saved_memory"] = torch.cuda.memory_allocated() - before - sum(t.nbytes for t in outputs)
         call.backward(y)
     torch.cuda.synchronize()
-    return found | {"peak_memory": torch.cuda.max_memory_allocated() - before}
+    return found | {"peak_memory": torch.cuda.max_memory_allocated() - before}, time.perf_counter() - begun
+
+
+def affordable(seconds: float, rounds: int, warm_ups: int) -> tuple[int, int]:
+    """Rounds, two at least, and warm-ups of a call that takes so long: about LONGEST seconds in all."""
+    fit = int(LONGEST / max(seconds, 1e-9))
+    return max(min(rounds, fit), 2), min(warm_ups, fit // 4)
 
 
 def _captured(calls: Sequence[Call], which: str) -> tuple[Callable, Callable]:
@@ -161,7 +187,7 @@ def measure(
         beside: Another implementation, run before each round in the same way: ``beside_seconds`` is its median.
         graph: False for calls so long that launches do not count, and so large that several do not fit.
         hot: Also ``hot_seconds``, of a graph of one input again and again.
-        rounds: Timed rounds.
+        rounds: Timed rounds, if they are :func:`affordable`.
         warm_ups: Rounds before them.
     """
     plain_setup, plain = _eager(calls[0], which)
@@ -169,18 +195,19 @@ def measure(
         benchmark.pedantic(lambda: plain(*plain_setup()))
         return {}
     cold = flush()
-    found = memory(calls[0], which)
-    setup, run, clock.calls, found["method"] = _runner(calls, which, graph)
-    if graph:
+    found, one = memory(calls[0], which)
+    rounds, warm_ups = affordable(one, rounds, warm_ups)
+    if graph:  # before the capture: autograd would wait for the stream of nodes that it keeps
         found["wall_seconds"] = event_seconds(plain, lambda: _then(plain_setup, cold))
-    took = []
+    setup, run, clock.calls, found["method"] = _runner(calls, which, graph)
+    clock.waits, took = found["method"] != "graph", []
     if beside:
         other_setup, other, others, method = _runner(beside, which, found["method"] == "graph")
         beside = beside if method == found["method"] else ()
 
     def cold_setup():
         if beside:
-            took.append(_between_events(other, _then(other_setup, cold)) / others)
+            took.append(_between_events(other, _then(other_setup, cold), clock.waits) / others)
         return _then(setup, cold), {}
 
     benchmark.pedantic(run, setup=cold_setup, rounds=rounds, warmup_rounds=warm_ups)
@@ -208,11 +235,20 @@ def _summary(benchmark) -> dict:
 
 def _sm_mhz() -> int | None:
     """Clock of the multiprocessors right after a measurement; None where it cannot be asked for."""
-    ask = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    device, mhz = ctypes.c_void_p(), ctypes.c_uint()
+    p = torch.cuda.get_device_properties(0)
+    place = f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0".encode()
     try:
-        return int(subprocess.run(ask, check=True, capture_output=True, text=True, timeout=20).stdout.split()[0])
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # nvidia-smi would take a good part of a second
+    except OSError:
         return None
+    sm = 1  # NVML_CLOCK_SM
+    refused = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByPciBusId_v2(place, ctypes.byref(device))
+        or nvml.nvmlDeviceGetClockInfo(device, sm, ctypes.byref(mhz))
+    )
+    return None if refused else mhz.value
 
 
 def measure_step(

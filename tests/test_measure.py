@@ -58,7 +58,7 @@ class Pretended:
         return contextlib.nullcontext()
 
     def get_device_properties(self, index):
-        return types.SimpleNamespace(L2_cache_size=self.L2)
+        return types.SimpleNamespace(L2_cache_size=self.L2, pci_domain_id=0, pci_bus_id=0x9B, pci_device_id=0)
 
     def is_available(self):
         return True
@@ -97,6 +97,7 @@ class Benchmark:
 @pytest.fixture(autouse=True)
 def _clock_rate(monkeypatch):
     monkeypatch.setattr(measure, "_sm_mhz", lambda: 1980)
+    monkeypatch.setattr(measure, "LONGEST", 1e9)  # a busy CPU takes what a GPU would not
     monkeypatch.setattr(capture, "_clear_up", lambda stream, pool: None)
     monkeypatch.setattr(capture, "healthy", lambda: None)
 
@@ -286,10 +287,66 @@ def test_a_hot_cache_is_one_input_again_and_again(monkeypatch, calls):
     assert log[-2:] == ["replay graph 2", "replay graph 3"], "nothing is flushed between"
 
 
-def test_the_clock_is_unknown_where_nothing_tells_it(monkeypatch):
+def test_the_clock_is_that_of_the_gpu_in_use_and_unknown_where_nothing_tells_it(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(measure.torch, "cuda", Pretended())
+
+    def handle(place, device):
+        assert place == b"00000000:9b:00.0"
+        return 0
+
+    def clock(device, which, mhz):
+        assert which == 1
+        mhz._obj.value = 1755
+        return refused
+
+    nvml = types.SimpleNamespace(
+        nvmlInit_v2=lambda: 0, nvmlDeviceGetHandleByPciBusId_v2=handle, nvmlDeviceGetClockInfo=clock
+    )
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: nvml)
+    for refused, known in ((0, 1755), (3, None)):
+        assert measure._sm_mhz() == known
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(measure.ctypes, "CDLL", missing)
     assert measure._sm_mhz() is None
+
+
+def test_long_calls_have_few_rounds(monkeypatch, calls):
+    monkeypatch.setattr(measure, "LONGEST", 10.0)
+    assert measure.affordable(1e-5, 50, 5) == (50, 5) and measure.affordable(0.3, 50, 5) == (33, 5)
+    assert measure.affordable(1.0, 50, 5) == (10, 2) and measure.affordable(7.5, 3, 1) == (2, 0)
+    monkeypatch.setattr(measure, "affordable", lambda seconds, rounds, warm_ups: (2, 0) if seconds > 0 else None)
+    found, _, _ = timed(monkeypatch, calls, "backward", dict(beside=calls))
+    assert found["rounds"] == 2 and found["beside_seconds"] == pytest.approx(1e-3 / len(calls))
+
+
+def test_memory_is_not_that_of_compiling(monkeypatch, calls):
+    world, log = Pretended(), []
+    monkeypatch.setattr(measure.torch, "cuda", world)
+    monkeypatch.setattr(world, "memory_allocated", lambda: log.append("before") or 0, raising=False)
+    calls[0].function = lambda: log.append("run")
+    measure.memory(calls[0], "forward")
+    assert log == ["run", "before", "run"], "compiled for a forward without gradients before it is watched"
+
+
+@pytest.mark.parametrize("refuse_capture", (False, True))
+def test_a_graph_is_launched_while_the_cache_is_emptied(monkeypatch, calls, refuse_capture):
+    """Else a GPU that has nothing to do waits for the launch, and the time of it is counted."""
+    world = Pretended(refuse_capture)
+    monkeypatch.setattr(world, "synchronize", lambda: world.log.append("wait"), raising=False)
+    _, log, _ = timed(monkeypatch, calls, "forward", dict(beside=pairs(calls)), world=world)
+    if refuse_capture:
+        assert log[-4:] == ["flush", "wait", "flush", "wait"]
+    else:
+        assert log[-4:] == ["flush", "replay graph 2", "flush", "replay graph 0"]
+
+
+def test_what_an_eager_caller_waits_for_is_measured_before_anything_is_captured(monkeypatch, calls):
+    _, log, _ = timed(monkeypatch, calls, "backward")
+    assert "flush" in log[: log.index("new graph 0")]
 
 
 def test_four_products_are_counted_in_chunks(monkeypatch):
