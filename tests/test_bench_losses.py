@@ -299,7 +299,7 @@ def test_what_would_not_fit_is_not_begun(monkeypatch):
     monkeypatch.setattr(losses, "PROBE", N)
     small = losses.truth("harma_loss_ids", (N, D), FP32)
     for name, value in dict(
-        DEVICE="cuda", truth=lambda *_: small, memory=lambda *_: {"peak_memory": 60 * N**2}
+        DEVICE="cuda", truth=lambda *_: small, memory=lambda *_: ({"peak_memory": 60 * N**2}, 0.0)
     ).items():
         monkeypatch.setattr(losses, name, value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100e9, 141e9))
