@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+LOST = "this process has lost its GPU"
 TIMES = 3  # a first call may compile, allocate or create handles, which no capture allows
 
 

@@ -20,6 +20,7 @@ import time
 import torch
 
 from benchmarks import results, sanitize
+from benchmarks.capture import LOST
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = (
@@ -60,11 +61,14 @@ KERNELS = (
     "csrc",
 )  # tests that a GPU sees more of than a CPU
 LOG = "gpu-run.log"
+ROW_AT_MOST = 170.0  # seconds: a kernel that never ends takes one row with it, not all that come after
 GRACE = 15.0  # seconds in which what is interrupted may still say what it found
 WORD = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 AFTER = re.compile(
     rf"^(?:\[gw\d+\] \[ *\d+%\] )?({WORD}) (\S+\.py(?:::.+?)?)(?: - .*)?\s*$"
 )  # xdist's lines, the summary's
+BEGUN = re.compile(r"^(benchmarks/\S+\.py::\S+)", re.MULTILINE)  # a row, said before it runs
+DIED = re.compile(rf"Timeout \(.+\)!$|{LOST}", re.MULTILINE)
 BEFORE = re.compile(rf"^(\S+\.py::.+?) ({WORD})(?: \(.*)?(?: +\[ *\d+%\])?\s*$")
 SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] (\S+?): (.*)$", re.MULTILINE)
 QUIET = re.compile(r" (PASSED|SKIPPED)\b")  # lines for the log alone
@@ -77,8 +81,8 @@ def files_of_tests(part: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted(chosen)]
 
 
-def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
-    """What runs a part; benchmarks stop by themselves shortly before their time is up."""
+def command(part: str, args: argparse.Namespace, seconds: float, after: str | None = None) -> list[str]:
+    """What runs a part, or what of its rows comes ``after`` one; benchmarks end shortly before their time is up."""
     # verbose: then a run that is cut off has said what failed
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-p", "no:cacheprovider"]
     chosen = ["-k", args.k] if args.k else []
@@ -95,13 +99,29 @@ def command(part: str, args: argparse.Namespace, seconds: float) -> list[str]:
     if part == "sample" or part in sanitize.TOOLS:
         sample = [sys.executable, "-m", "benchmarks.sanitize"]  # first alone, so that the kernels are compiled
         return sample if part == "sample" else sanitize.command(part, sanitize.tool(), sample)
-    own = str(max(seconds - 20, 5))
     if part == "tune":
         rsfast = [sys.executable, "-c", "import sys; from rsfast.cli import main; sys.exit(main())"]
-        return [*rsfast, "tune", "--budget", own, *commit]
+        return [*rsfast, "tune", "--budget", str(max(seconds - 30, 5)), *commit]
     target = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"benchmarks/bench_{part}*.py"))]
-    options = ["--results", str(args.out), "--budget", own, "--benchmark-disable-gc"]
-    return [*pytest, *target, *options, *commit, *chosen]
+    until = str(time.monotonic() + max(seconds - 1.5 * GRACE, 5))  # importing takes of their time too
+    options = ["--results", str(args.out), "--until", until, "--benchmark-disable-gc"]
+    options += ["-o", f"faulthandler_timeout={ROW_AT_MOST:.0f}", "-o", "faulthandler_exit_on_timeout=true"]
+    return [*pytest, *target, *options, *(["--after", after] if after else []), *commit, *chosen]
+
+
+def whole(part: str, args: argparse.Namespace, seconds: float, start) -> tuple[int | None, str]:
+    """(exit code, output) of a part; benchmarks go on after a row that took their process with it."""
+    begun, output, after, died = time.monotonic(), "", None, None
+    while True:
+        left = seconds - (time.monotonic() - begun)
+        code, said = start(command(part, args, left, after), left, environment(part, args.out))
+        output += said
+        rows = BEGUN.findall(said)
+        if code is None or (code >= 0 and not DIED.search(said)) or not rows or left < 2 * GRACE:
+            return None if code is None else code or died or 0, output
+        after, died = rows[-1], code
+        output += f"\n{after} ERROR\n"
+        print(f"== {after} took its process with it; the rows after it follow", flush=True)
 
 
 def environment(part: str, out: pathlib.Path) -> dict[str, str]:
@@ -190,7 +210,7 @@ def run(parts: list[str], args: argparse.Namespace, start, keep=lambda part, fou
             outcomes[part] = "skipped: no time left"
         else:
             print(f"== {part}, at most {seconds:.0f} s", flush=True)
-            code, output = start(command(part, args, seconds), seconds, environment(part, args.out))
+            code, output = whole(part, args, seconds, start)
             outcomes[part], found = said(part, code, output)
         keep(part, {"outcome": outcomes[part], "seconds": round(time.monotonic() - at, 1)} | found)
     return outcomes

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import build, facts, gpu, results, sanitize
+from benchmarks import build, capture, facts, gpu, results, sanitize
 from tests.cases import CASES
 
 TOP = dict(gpu="Some GPU", driver="1", torch="2", triton="3", cuda="13", commit="a" * 40, date="2026-01-01T00:00Z")
@@ -68,7 +68,7 @@ def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options):
     given = {part: call[1] for part, call in calls.items()}
     assert given["tests"] == 150 and given["losses"] == pytest.approx(77, abs=30)
     assert given["step"] == pytest.approx(480, abs=1), "the suite's 60 s are left"
-    assert float(argv["tune"][5]) == pytest.approx(given["tune"] - 20, abs=1), "tune ends by itself"
+    assert float(argv["tune"][5]) == pytest.approx(given["tune"] - 30, abs=1), "tune ends by itself"
 
 
 def test_every_benchmark_belongs_to_a_part(options):
@@ -144,6 +144,63 @@ def test_a_part_that_outlasts_its_time_is_interrupted_then_ended(tmp_path, capsy
     assert start(deaf, 1.5) == (None, "deaf\n")
     assert start("import os; print(os.environ['MARK']); raise SystemExit(3)", 30, MARK="x PASSED") == (3, "x PASSED\n")
     assert capsys.readouterr().out == "what was found\ndeaf\n", "what passed is for the log alone"
+
+
+ROWS = [f"benchmarks/bench_ops.py::bench_op[{name}-1x2]" for name in "abc"]
+
+
+@pytest.mark.parametrize(
+    "code, last",
+    [
+        (
+            2,
+            f"FAILED [ 3%]\n!!! _pytest.outcomes.Exit: {capture.LOST}: an illegal memory access\nFAILED {ROWS[1]} - x\n",
+        ),
+        (-11, "Fatal Python error: Segmentation fault\n"),
+        (1, "Timeout (0:02:50)!\nThread 0x1 (most recent call first)\n"),
+    ],
+)
+def test_rows_after_one_that_takes_its_process_with_it_are_measured(options, code, last):
+    runs = [(code, f"{ROWS[0]} PASSED [ 1%]\n{ROWS[1]} {last}"), (0, f"{ROWS[2]} PASSED [100%]\n")]
+    begun = []
+
+    def start(argv, seconds, environment):
+        begun.append(argv[argv.index("--after") + 1] if "--after" in argv else None)
+        return runs[len(begun) - 1]
+
+    kept = {}
+    outcomes = gpu.run(["ops"], options, start, kept.__setitem__)
+    assert begun == [None, ROWS[1]] and outcomes == {"ops": f"FAILED with {code}"}
+    assert kept["ops"]["passed"] == 2 and kept["ops"]["names"] == [ROWS[1]]
+
+
+def test_rows_that_merely_fail_or_are_cut_off_begin_nothing_anew(options):
+    for code in (1, None):
+        begun = []
+        gpu.run(["ops"], options, lambda *_, c=code: begun.append(1) or (c, f"{ROWS[0]} FAILED\n"))  # noqa: B023
+        assert len(begun) == 1
+    begun = []
+    gpu.run(["ops"], options, lambda *_: begun.append(1) or (-11, "a segmentation fault before any row"))
+    assert len(begun) == 1
+
+
+def test_a_row_that_spoils_the_gpu_ends_its_process_and_the_next_one_begins_after_it(tmp_path):
+    (tmp_path / "bench_x.py").write_text(
+        "import torch\nfrom benchmarks import capture\ntorch.cuda.is_available = lambda: True\n"
+        "def spoilt(): raise RuntimeError('an illegal memory access\\nmore')\n"
+        "def bench_a(): assert True\n"
+        "def bench_b():\n    if True:\n        capture.healthy = spoilt\n        assert False\n"
+        "def bench_c(): pass\n"
+    )
+    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "benchmarks.conftest"]
+    argv += ["-c", str(gpu.ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path)]
+    code, output = gpu.start(argv, 60, {}, tmp_path / "log")
+    assert code == 2 and f"{capture.LOST}: an illegal memory access" in output, output
+    assert "bench_b" in output and "assert False" in output and "bench_c" not in output, output
+    code, output = gpu.start([*argv, "--after", "bench_x.py::bench_b"], 60, {}, tmp_path / "log")
+    assert code == 0 and "bench_c PASSED" in output and "2 deselected" in output, output
+    code, output = gpu.start([*argv, "--until", "1"], 60, {}, tmp_path / "log")
+    assert code == 0 and "3 skipped" in output, output
 
 
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
@@ -275,7 +332,7 @@ def test_the_whole_command_with_every_part_stubbed(monkeypatch, tmp_path, capsys
         "ops": f"import os, pathlib\nfrom benchmarks import results\nresults.Writer(pathlib.Path({str(tmp_path)!r}), "
                f"{TOP!r}).add({row!r})\nos._exit(2)",
     }  # fmt: skip
-    monkeypatch.setattr(gpu, "command", lambda part, args, seconds: [sys.executable, "-c", scripts[part]])
+    monkeypatch.setattr(gpu, "command", lambda part, args, seconds, after: [sys.executable, "-c", scripts[part]])
     only = "build,tests,memcheck,racecheck,ops,suite"
     argv = ["gpu", "--out", str(tmp_path), "--commit", "abc", "--only", only, "--budget", "200"]
     monkeypatch.setattr(sys, "argv", argv)
