@@ -66,7 +66,7 @@ def test_a_gpu_run_goes_through_its_parts_and_leaves_time_for_the_last(options):
     steps = {"benchmarks/bench_step.py", "benchmarks/bench_step_lora.py", "benchmarks/bench_step_deblora.py"}
     assert steps <= set(argv["step"]) and not steps & set(argv["lora"] + argv["deblora"])
     given = {part: call[1] for part, call in calls.items()}
-    assert given["tests"] == 150 and given["losses"] == pytest.approx(77, abs=30)
+    assert given["tests"] == pytest.approx(150, abs=1) and given["losses"] == pytest.approx(77, abs=30)
     assert given["step"] == pytest.approx(480, abs=1), "the suite's 60 s are left"
     assert float(argv["tune"][5]) == pytest.approx(given["tune"] - 30, abs=1), "tune ends by itself"
 
@@ -154,7 +154,7 @@ ROWS = [f"benchmarks/bench_ops.py::bench_op[{name}-1x2]" for name in "abc"]
     [
         (
             2,
-            f"FAILED [ 3%]\n!!! _pytest.outcomes.Exit: {capture.LOST}: an illegal memory access\nFAILED {ROWS[1]} - x\n",
+            f"FAILED [ 3%]\n!!! _pytest.outcomes.Exit: {capture.LOST}: an illegal memory access\nFAILED {ROWS[1]}\n",
         ),
         (-11, "Fatal Python error: Segmentation fault\n"),
         (1, "Timeout (0:02:50)!\nThread 0x1 (most recent call first)\n"),
