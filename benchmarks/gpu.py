@@ -7,6 +7,7 @@ both. Exits with 1 if any part failed.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks import results, sanitize
 from benchmarks.capture import LOST
+from tests import aot
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = (
@@ -60,7 +62,7 @@ KERNELS = (
     "extension",
     "csrc",
 )  # tests that a GPU sees more of than a CPU
-LOG = "gpu-run.log"
+LOG, KERNELS = "gpu-run.log", "gpu-run-kernels.jsonl"
 ROW_AT_MOST = 170.0  # seconds: a kernel that never ends takes one row with it, not all that come after
 GRACE = 15.0  # seconds in which what is interrupted may still say what it found
 WORD = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
@@ -252,6 +254,32 @@ def start(argv: list[str], seconds: float, environment: dict[str, str], log: pat
     return code, "".join(output)
 
 
+@contextlib.contextmanager
+def ahead(out: pathlib.Path):
+    """Meanwhile the kernels of the benchmarks are compiled on all cores, as what is most polite to everything else.
+
+    One after the other, as rows meet them, would take more time than measuring. What each needs of a GPU goes to a file.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    target = 10 * major + minor
+    if target not in aot.SHARED_MEMORY:
+        yield
+        return
+    argv = ["nice", "-n", "15", sys.executable, "-m", "tests.aot", str(target), "--dtypes", "bfloat16", "float32"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with open(out / KERNELS, "w") as file:
+        process = subprocess.Popen(
+            argv, cwd=ROOT, start_new_session=True, stdout=file, stderr=subprocess.STDOUT,
+            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
@@ -268,9 +296,10 @@ def main() -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     log, writer = args.out / LOG, results.Writer(args.out, results.provenance(args.commit))
-    outcomes = run(
-        [part for part in PARTS if part in parts], args, lambda *what: start(*what, log=log), writer.check
-    )  # fmt: skip
+    with ahead(args.out):
+        outcomes = run(
+            [part for part in PARTS if part in parts], args, lambda *what: start(*what, log=log), writer.check
+        )  # fmt: skip
     for part, outcome in outcomes.items():
         print(f"{part:10} {outcome}")
     return int(any("FAILED" in outcome for outcome in outcomes.values()))

@@ -303,6 +303,25 @@ def test_the_kernels_of_the_facts_compute_what_they_should(device):
     assert counters.tolist() == [1] * 4
 
 
+def test_kernels_are_compiled_while_other_parts_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    begun, Popen = [], gpu.subprocess.Popen
+
+    def start(argv, **options):
+        begun.append((argv, options["env"]))
+        process = Popen([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(60)"], **options)
+        begun.append(process)
+        return process
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", start)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with gpu.ahead(tmp_path):
+        (argv, environment), process = begun
+        assert argv[:2] == ["nice", "-n"] and argv[4:7] == ["-m", "tests.aot", "90"] and process.poll() is None
+        assert environment["CUDA_VISIBLE_DEVICES"] == "" and "TRITON_INTERPRET" not in environment
+    assert process.poll() is not None, "it does not outlive the run"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
 def test_without_a_gpu_nothing_is_started(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])
@@ -323,6 +342,7 @@ def test_the_whole_command_with_every_part_stubbed(monkeypatch, tmp_path, capsys
     """From the command line to the results: each part is a program of its own, one fails, one writes a row."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (1, 0))
     monkeypatch.setattr(sanitize, "tool", lambda: "sanitizer")
     monkeypatch.setattr(results, "provenance", lambda commit: TOP | {"commit": commit})
     row = dict(family="adapter", op="o", shape="1", dtype="d", impl="fused", seconds=1.0) | {"pass": "forward"}
