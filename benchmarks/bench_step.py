@@ -41,10 +41,10 @@ STEPS = {  # what is least known first
     "rsfast": Arm("fused"),
     "harma": Arm("harma"),
     "rsfast-cut": Arm("fused", lengths=True, cut=True),
-    "harma-compiled": Arm("harma", compiled=True),
     "rsfast-graph": Arm("fused", graph=True),
     "harma-graph": Arm("harma", graph=True),
     "rsfast-cut-graph": Arm("fused", lengths=True, cut=True, graph=True),
+    "harma-compiled": Arm("harma", compiled=True),  # which takes a minute
     "rsfast-lengths": Arm("fused", lengths=True),
     "reference": Arm("reference"),
     "rsfast-compiled": Arm("fused", compiled=True),

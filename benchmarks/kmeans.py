@@ -12,7 +12,7 @@ import rsfast
 import rsfast.kmeans
 from benchmarks import kmeans_peers as peers
 from benchmarks import kmeans_truth as truth
-from benchmarks.arms import DEVICE, compiled
+from benchmarks.arms import DEVICE, compiled, slow_last
 from benchmarks.kmeans_peers import Found, Library
 from benchmarks.measure import Call, l2_bytes, sets_of_inputs
 from rsfast.kmeans import functional
@@ -269,7 +269,7 @@ def grid(main: bool) -> list[tuple]:
         for shape in _shapes(row)[: row.main] if main else _shapes(row)[row.main :]:
             for dtype in row.dtypes if DEVICE == "cuda" else (FP32,):
                 rows += [(row.name, shape, dtype, impl) for impl in implementations(row, shape, dtype)]
-    return rows
+    return slow_last(sorted(rows, key=lambda row: row[3].endswith("-compiled")))
 
 
 def _shapes(row: Row) -> tuple[Shape, ...]:
