@@ -263,13 +263,13 @@ def implementations(row: Row, shape: Shape, dtype: torch.dtype) -> list[str]:
 
 
 def grid(main: bool) -> list[tuple]:
-    """(row, shape, dtype, implementation): what has targets first, or all the rest."""
+    """(row, shape, dtype, implementation): what has targets, or all the rest; what takes long, or compiles, last."""
     rows = []
     for row in ROWS.values():
         for shape in _shapes(row)[: row.main] if main else _shapes(row)[row.main :]:
             for dtype in row.dtypes if DEVICE == "cuda" else (FP32,):
                 rows += [(row.name, shape, dtype, impl) for impl in implementations(row, shape, dtype)]
-    return slow_last(sorted(rows, key=lambda row: row[3].endswith("-compiled")))
+    return slow_last(sorted(rows, key=lambda row: (row[3].endswith("-compiled"), row[3] in WAITING)))
 
 
 def _shapes(row: Row) -> tuple[Shape, ...]:

@@ -199,3 +199,5 @@ def test_what_autotunes_comes_last_whatever_is_timed(monkeypatch):
     assert any(tuned) and any("-tuned" in row[3] for row in kmeans.grid(True)), "they are timed"
     compiled = [row[3].endswith(("-compiled", "-tuned")) for row in kmeans.grid(True)]
     assert compiled == sorted(compiled)
+    waiting = [row[3] in kmeans.WAITING for row in kmeans.grid(True) if not row[3].endswith(("-compiled", "-tuned"))]
+    assert waiting == sorted(waiting), "fits on the CPU take seconds"
