@@ -71,6 +71,7 @@ ORDER = (
     "quack-4096-exp", "quack-8192", "quack-4096", "liger-scaled", "liger", "cce-exact", "cce", "inf-cl",
 )  # fmt: skip
 AT_EVERY_SHAPE = ("fused", "memeff", "open_clip")  # the others at the first, and in plain PyTorch at the smallest too
+AIMED_AT = {"liger": (65536, 1024)}  # the shape that a target is for, where it is not the first
 
 
 def implementations(name: str) -> tuple[str, ...]:
@@ -104,7 +105,9 @@ def _shapes(name: str, impl: str) -> tuple:
         return ()
     if impl in AT_EVERY_SHAPE:
         return tuple(usual)
-    return (usual[0],) if impl in LOSSES[name].peers else tuple({usual[0]: None, min(usual): None})
+    if impl in LOSSES[name].peers:
+        return (usual[0], *[shape for shape in usual if shape == AIMED_AT.get(impl)])
+    return tuple({usual[0]: None, min(usual): None})
 
 
 def _dtypes(name: str) -> tuple[torch.dtype, ...]:
