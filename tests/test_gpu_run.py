@@ -203,6 +203,22 @@ def test_a_row_that_spoils_the_gpu_ends_its_process_and_the_next_one_begins_afte
     assert code == 0 and "3 skipped" in output, output
 
 
+def test_a_test_that_spoils_the_gpu_fails_no_other(tmp_path):
+    (tmp_path / "test_x.py").write_text(
+        "import pytest, torch\ntorch.cuda.is_initialized = lambda: True\nlost = []\n"
+        "def wait():\n    if lost: raise RuntimeError('an illegal memory access')\ntorch.cuda.synchronize = wait\n"
+        "@pytest.mark.parametrize('n', range(12))\n"
+        "def test_a(n):\n    if n == 2: lost.append(1)\n    assert not lost\n"
+    )
+    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "tests.conftest", "-n", "2"]
+    argv += ["-c", str(gpu.ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path)]
+    code, output = gpu.start(argv, 100, {"OMP_NUM_THREADS": "1"}, tmp_path / "log")
+    found = gpu.counted(output)
+    assert code == 1 and found["passed"] == 11 and len(found["names"]) == 1, output
+    assert found["names"][0].endswith("test_x.py::test_a[2]")
+    assert "assert not lost" in output, "why it failed is told"
+
+
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 def test_only_a_report_at_the_end_of_the_sample_is_clean(tool):
     clean = (
