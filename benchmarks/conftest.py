@@ -14,7 +14,7 @@ from benchmarks.measure import DeviceClock, facts
 STARTED = time.monotonic()
 NO_GPU = "no GPU: every benchmark ran once at a small shape to see that it works; no kernel was timed, nothing written"
 SHOWN = pytest.StashKey[list[str]]()  # lines for the end of the terminal's report
-FAILED = set()  # names of rows
+SUSPECT = set()  # names of rows that failed, or were skipped since something of another library did
 
 
 def pytest_addoption(parser):
@@ -48,12 +48,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_runtest_logreport(report):
-    if report.failed:
-        FAILED.add(report.nodeid)
+    if not report.passed:
+        SUSPECT.add(report.nodeid)
 
 
 def pytest_runtest_logfinish(nodeid):
-    if nodeid in FAILED and torch.cuda.is_available():  # an illegal access fails all that comes after it
+    if nodeid in SUSPECT and torch.cuda.is_available():  # an illegal access fails all that comes after it
         try:
             capture.healthy()
         except RuntimeError as error:
