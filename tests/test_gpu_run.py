@@ -188,6 +188,7 @@ def test_rows_that_merely_fail_or_are_cut_off_begin_nothing_anew(options):
 def test_a_row_that_spoils_the_gpu_ends_its_process_and_the_next_one_begins_after_it(tmp_path, ends):
     (tmp_path / "bench_x.py").write_text(
         "import torch\nfrom benchmarks import capture\ntorch.cuda.is_available = lambda: True\n"
+        "capture.healthy = lambda: None\n"
         "def spoilt(): raise RuntimeError('an illegal memory access\\nmore')\n"
         "def bench_a(): assert True\n"
         f"def bench_b():\n    if True:\n        capture.healthy = spoilt\n        {ends}\n"
