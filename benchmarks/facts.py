@@ -239,8 +239,9 @@ GROUPS: dict[str, Callable[[], dict]] = {  # what most depends on first, what co
     "memory": memory,
     "launches": launches,
     "attention": attention,
-    "Triton, layers": functools.partial(products, LAYERS, with_triton=True),
-    "Triton, others": functools.partial(products, LARGE + ADAPTER, with_triton=True),
+} | {  # each kept by itself: the first compiles for all, and time may end with any
+    f"Triton, {'x'.join(map(str, shape))}": functools.partial(products, (shape,), with_triton=True)
+    for shape in LAYERS + LARGE + ADAPTER
 }
 
 

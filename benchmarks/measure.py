@@ -198,7 +198,8 @@ def measure(
     found, one = memory(calls[0], which)
     rounds, warm_ups = affordable(one, rounds, warm_ups)
     if graph:  # before the capture: autograd would wait for the stream of nodes that it keeps
-        found["wall_seconds"] = event_seconds(plain, lambda: _then(plain_setup, cold))
+        few, _ = affordable(4 * one, 20, 0)
+        found["wall_seconds"] = event_seconds(plain, lambda: _then(plain_setup, cold), few)
     setup, run, clock.calls, found["method"] = _runner(calls, which, graph)
     clock.waits, took = found["method"] != "graph", []
     if beside:

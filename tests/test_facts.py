@@ -58,4 +58,6 @@ def test_products_and_what_a_plain_triton_product_takes(small, monkeypatch):
 
 
 def test_every_group_is_measured_once():
-    assert measure.facts in facts.GROUPS.values() and len(facts.GROUPS) == 8
+    assert measure.facts in facts.GROUPS.values() and len(facts.GROUPS) == 6 + 8
+    products = [group.args[0] for name, group in facts.GROUPS.items() if name.startswith("Triton")]
+    assert sum(products, ()) == facts.LAYERS + facts.LARGE + facts.ADAPTER and {len(one) for one in products} == {1}
