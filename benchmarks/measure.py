@@ -238,7 +238,7 @@ def _sm_mhz() -> int | None:
     """Clock of the multiprocessors right after a measurement; None where it cannot be asked for."""
     device, mhz = ctypes.c_void_p(), ctypes.c_uint()
     p = torch.cuda.get_device_properties(0)
-    place = f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0".encode()
+    place = f"{p.pci_domain_id:08X}:{p.pci_bus_id:02X}:{p.pci_device_id:02X}.0".encode()
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")  # nvidia-smi would take a good part of a second
     except OSError:

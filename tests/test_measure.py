@@ -292,7 +292,7 @@ def test_the_clock_is_that_of_the_gpu_in_use_and_unknown_where_nothing_tells_it(
     monkeypatch.setattr(measure.torch, "cuda", Pretended())
 
     def handle(place, device):
-        assert place == b"00000000:9b:00.0"
+        assert place == b"00000000:9B:00.0"
         return 0
 
     def clock(device, which, mhz):
