@@ -21,7 +21,14 @@ def reasons() -> list[str]:
         return ["PyTorch is not in this build's environment (pip install --no-build-isolation . takes yours)"]
     import torch
 
-    return sources["why_not_built"](torch.version.cuda)
+    why_not = sources["why_not_built"](torch.version.cuda)
+    if why_not:
+        return why_not
+    release = sources["release"](sources["nvcc"]())
+    if release and release.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        # the library itself does not mind, as it brings its own runtime, and the build at its first use does not ask
+        return [f"nvcc is of CUDA {release} and PyTorch of {torch.version.cuda}, which PyTorch's build ahead refuses"]
+    return []
 
 
 class BuildPy(build_py):

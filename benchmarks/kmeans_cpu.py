@@ -7,8 +7,6 @@ writes ``results/cpu/kmeans_step.json``: rows of several processes, for where pa
 
 import json
 import os
-import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -87,18 +85,7 @@ def main() -> None:
             rows += [{"impl": impl, "threads": threads, "process": number, **row} for impl, row in found]
     import sklearn
 
-    top = results.provenance() | {"sklearn": sklearn.__version__, "processor": _processor(), "shape": SHAPE}
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    FILE.write_text(json.dumps(top, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
-
-
-def _processor() -> str:
-    """Its name and how many there are."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+    results.write_rows(FILE, {"sklearn": sklearn.__version__, "shape": SHAPE}, rows)
 
 
 if __name__ == "__main__":

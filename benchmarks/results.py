@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import re
 import subprocess
 
@@ -49,6 +50,22 @@ def provenance(known_commit: str | None = None) -> dict[str, str]:
 def now() -> str:
     """UTC, to the minute."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def processor() -> str:
+    """Its name and how many there are."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+def write_rows(path: pathlib.Path, top: dict, rows: list[dict]) -> None:
+    """A file of what a CPU measured, at once: a line a row."""
+    top = provenance() | {"processor": processor()} | top
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(top, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def slug(gpu: str) -> str:

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 Impl = Literal["auto", "fused", "reference"]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
 
+OLDEST = 80  # compute capability; before it there is neither bf16 nor the shared memory that the tiles take
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -73,7 +74,12 @@ def why_not_triton(tensor: Tensor) -> list[str]:
         return ["Triton is not installed"]
     if not (tensor.is_cuda or INTERPRET):
         return [f"the input is on {tensor.device}, not on a GPU"]
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
+        return []
+    if tensor.is_cuda and capability(tensor.device) < OLDEST:
+        major, minor = divmod(capability(tensor.device), 10)
+        return [f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return ["a transform of torch.func is active, which kernels do not take part in"]
     return []
 

@@ -232,11 +232,11 @@ def _why_not_emulated() -> list[str]:
     return reasons
 
 
-def _emulation() -> ctypes.CDLL:
-    """The sources as a library for the CPU, compiled unless that was done before."""
-    compiler, flags = _compiler(), _sources.host_flags(_sources.CSRC)
+def _emulation(*options: str) -> ctypes.CDLL:
+    """The sources as a library for the CPU, compiled, with options, unless that was done before."""
+    compiler, flags = _compiler(), [*_sources.host_flags(_sources.CSRC), *options]
     define = _sources.define(emulated=True)
-    with _alone(_key("emulation", define, [], *compiler)) as folder:
+    with _alone(_key("emulation", define, list(options), *compiler)) as folder:
         built = folder / "rsfast_emulation.so"
         with contextlib.suppress(OSError):  # none yet, or one that is broken
             return load(built, emulated=True)

@@ -14,7 +14,9 @@ import subprocess
 PACKAGE = pathlib.Path(__file__).resolve().parent
 CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), None)  # installed, or a checkout
 EMULATION = "emulation"  # its folder: what runs the same sources without a GPU
-ARCHITECTURES = ("8.0+PTX", "9.0a", "10.0a")  # for a library that is built ahead; PTX serves what is newer
+# of a library that is built ahead: no instructions of one generation alone, so that 10.0 serves 10.3 as 8.0 does 8.9,
+# and the PTX of 9.0, which knows clusters, all that is newer
+ARCHITECTURES = ("8.0", "9.0+PTX", "10.0")
 
 COMMON = ["-std=c++20", "-O3"]
 # PyTorch's build switches these conversions off, and the sources are compiled by nvcc alone too
@@ -66,6 +68,13 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home or "/usr/local/cuda", "bin"))
 
 
+def release(nvcc: str) -> str:
+    """``"13.0"``: the version of CUDA that this nvcc is of; empty where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else ""
+
+
 def library_flags(nvcc: str) -> list[str]:
     """Where the CUDA runtime to link lies; asked of nvcc, as its folder differs between installers."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -96,7 +105,8 @@ def gencode(nvcc: str, gpus: list[tuple[int, int]]) -> list[str]:
         if number.rstrip("a") in known:
             flags.add(f"-gencode=arch=compute_{number},code=sm_{number}")
         else:  # newer than this nvcc: the driver compiles
-            flags.add("-gencode=arch=compute_80,code=compute_80")
+            newest = "compute_90" if major >= 9 and "90" in known else "compute_80"  # below 90 nothing knows clusters
+            flags.add(f"-gencode=arch={newest},code={newest}")
     return sorted(flags)
 
 

@@ -37,7 +37,7 @@ TYPES = {
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 NOW = []  # the architectures launches were recorded for, so far
-SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KB a program may use
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program may use
 
 
 def record(cases, dtypes, target):

@@ -12,8 +12,8 @@ import torch
 
 from rsfast import _extension, _sources
 
-ARCHITECTURES = ("80", "90a", "100a")
-LINKED = "90a"  # the host's half is compiled for this one alone
+ARCHITECTURES = ("80", "90", "100")
+LINKED = "90"  # the host's half is compiled for this one alone
 MOST_SPILLED = 16  # bytes of a thread, stored or loaded
 SHARED_MEMORY = 48 * 1024  # of a declared array; what is asked for at launch, the sources check as they compile
 UNITS = _sources.units(emulated=False)

@@ -115,6 +115,7 @@ def test_counts_of_classes_in_clusters():
         deblora.class_cluster_counts(LABELS, ASSIGNMENTS, n_clusters=2)
 
 
+@pytest.mark.filterwarnings("ignore:.*are noise")
 def test_debiased_centers_by_hand():
     nan = float("nan")
     wanted = torch.tensor([[1.0, 3.0], [2.0, 6.0], [nan, nan], [0.0, 12.0], [nan, nan]])
@@ -142,6 +143,7 @@ def test_debiased_centers_of_one_cluster_as_released():
     assert found[[0, 1, 3, 4]].equal(CENTERS[[0, 0, 2, 2]]) and found[2].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*are noise")
 @pytest.mark.parametrize(
     "change, says",
     [

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rsfast import cli
-from rsfast.deblora import FeatureStore, RunConfig, run
+from rsfast.deblora import FeatureStore, RunConfig, ablate, run
 from rsfast.deblora.comparison import experiment
 from rsfast.deblora.comparison.sources import backbone, opened
 from rsfast.models import lora_layers
@@ -48,7 +48,8 @@ def settings(scene, **more):
 
 
 def test_every_method_on_images(scene):
-    result = run(settings(scene, method="zero-shot,fine-tune,lora,clora,deblora,fine-tune+deblora,clora+deblora"))
+    methods = "zero-shot,fine-tune,lora,clora,deblora,fine-tune+deblora,clora+deblora"
+    result = run(settings(scene, method=methods, precision="fp32"))  # one epoch changes less than bf16, of GPUs, shows
     assert len(result.rows) == 7
     by_name = {row["method"]: row for row in result.rows}
     assert len({row["inter"] for row in result.rows}) == 7  # every one has changed the features in its way
@@ -71,6 +72,7 @@ def test_images_are_encoded_a_few_at_a_time(scene, monkeypatch):
 
 def test_lora_is_in_the_backbone_and_nothing_else_learns(scene):
     _, task = opened(settings(scene))
+    place = settings(scene).place()
     frozen = task.encoder(None)
     assert not any(p.requires_grad for p in frozen.parameters())
     for encoder in (task.encoder("lora"), task.with_lora(task.encoder("full"), "full"), task.with_lora(frozen, None)):
@@ -78,8 +80,8 @@ def test_lora_is_in_the_backbone_and_nothing_else_learns(scene):
         assert names and all("lora_" in name for name in names) and len(lora_layers(encoder)) == 2
     assert all(p.requires_grad for p in task.encoder("full").parameters())
     assert not lora_layers(task.backbone)  # methods work on copies
-    images = next(iter(task.inputs(np.arange(4)).batches([torch.arange(4)], "cpu")))
-    wise = task.encoder("class-wise").eval()
+    images = next(iter(task.inputs(np.arange(4)).batches([torch.arange(4)], place)))
+    wise = task.encoder("class-wise").eval().to(place)
     with torch.no_grad():
         every, logits = wise.forward_all(images), wise.logits(images)
         expected = torch.stack([wise.head(every[:, c])[:, c] for c in range(3)], 1)
@@ -92,10 +94,10 @@ def test_class_wise_lora_equals_one_lora_a_class(scene):
     _, task = opened(settings(scene))
     wise, single = task.encoder("class-wise").eval(), task.encoder("lora").eval()
     draw = torch.Generator().manual_seed(0)
-    for layer in lora_layers(wise.backbone).values():
-        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=draw)
-    images = next(iter(task.inputs(np.arange(5)).batches([torch.arange(5)], "cpu")))
+    images = next(iter(task.inputs(np.arange(5)).batches([torch.arange(5)], settings(scene).place())))
     with torch.no_grad():
+        for layer in lora_layers(wise.backbone).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=draw))
         every = wise.forward_all(images)
         for c in range(3):
             for one, many in zip(lora_layers(single).values(), lora_layers(wise.backbone).values(), strict=True):
@@ -118,8 +120,27 @@ def test_images_without_a_test_part_are_refused_before_they_are_encoded(scene):
     with pytest.raises(ValueError, match="names no test rows: its splits are train; test_share draws some"):
         opened(settings(scene))
     assert not (scene / "run").exists()
-    _, task = opened(settings(scene, test_share=0.25))
+    _, task = opened(dataclasses.replace(settings(scene, test_share=0.25), imbalance=9.0))
     assert np.bincount(task.labels[task.is_test]).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(clusters=40), "^clusters must be at most 13, the training rows, got 40"),
+        (dict(rank=2**30), "^rank must be at most 16, of the model's widest layer; got"),
+    ],
+)
+def test_numbers_too_large_are_refused_before_images_are_encoded(scene, change, told):
+    with pytest.raises(ValueError, match=told):
+        opened(settings(scene, **change))
+    assert not (scene / "run").exists()
+
+
+def test_a_sweep_may_mend_the_number_of_clusters(scene):
+    many = settings(scene, method="calibrate", clusters=40)
+    with pytest.warns(UserWarning, match="is left out: clusters must be at most 13"):
+        assert {row["setting"] for row in ablate(many, sweeps=["clusters"]).rows} == {"clusters=8"}
 
 
 def test_weights_of_timm_from_a_file(tmp_path):
@@ -158,6 +179,17 @@ def test_models_that_are_not_there(scene, capsys):
         backbone("satmae", None)
     with pytest.raises(FileNotFoundError, match="no weights file w.pt"):
         backbone("vit_tiny_patch16_224", "w.pt")
-    command = ["deblora", "run", "--images", str(scene / "images"), "--model", "resnet-9000", "--out", str(scene / "o")]
+    command = [
+        "deblora",
+        "run",
+        "--images",
+        str(scene / "images"),
+        "--model",
+        "resnet-9000",
+        "--clusters",
+        "3",
+        "--out",
+        str(scene / "o"),
+    ]
     assert cli.main(command) == 2
-    assert "rsfast: model must be of open_clip or timm" in capsys.readouterr().err
+    assert "rsfast: --model must be of open_clip or timm" in capsys.readouterr().err

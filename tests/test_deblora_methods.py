@@ -48,7 +48,7 @@ def test_unknown_methods_are_refused(names):
         (dict(seeds=()), "seeds must be"),
         (dict(seeds=(0, 0)), "seeds must differ"),
         (dict(seeds=(-1,)), "seeds must be"),
-        (dict(clusters=0), "clusters must be a positive integer, got 0"),
+        (dict(clusters=0), "clusters must be a positive integer below 2..31, got 0"),
         (dict(rank=2.0), "rank must be"),
         (dict(rho=0.5), "rho must be a number of at least 1, got 0.5"),
         (dict(imbalance=float("nan")), "imbalance must"),

@@ -8,9 +8,10 @@ import pytest
 
 from rsfast import cli
 from rsfast.deblora import SWEEPS, FeatureStore, LabelledFeatures, RunConfig, ablate, run
-from rsfast.deblora.comparison import experiment, running, tasks
-from rsfast.deblora.comparison.experiment import _weights, split_rows
+from rsfast.deblora.comparison import ablation, experiment, running, tasks
+from rsfast.deblora.comparison.experiment import _weights
 from rsfast.deblora.comparison.sources import opened
+from rsfast.deblora.comparison.splits import split_rows
 from rsfast.deblora.comparison.tasks import FeatureTask
 
 KEYS = ["method", "seed", "head", "middle", "tail", "mean", "inter", "intra", "seconds"]
@@ -131,7 +132,9 @@ def test_weights_of_target_sets():
 @pytest.mark.filterwarnings("ignore:.*is left out")
 def test_ablations_vary_one_setting_at_a_time(tmp_path):
     settings = config(tmp_path, method="deblora", seeds=(0,))
-    with pytest.warns(UserWarning, match="clusters=64 is left out: n_clusters must be at most the number of rows, 49"):
+    with pytest.warns(
+        UserWarning, match="clusters=64 is left out: clusters must be at most 49, the training rows, got 64"
+    ):
         found = ablate(settings, task(settings), sweeps=["clusters", "alpha", "rank"])
     names = [row["setting"] for row in found.rows]
     assert names[:2] == ["clusters=8", "clusters=16"] and "clusters=64" not in names  # fewer rows than that
@@ -174,9 +177,9 @@ def test_ablations_of_the_rank_change_the_rank(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(clusters=200), "n_clusters must be at most the number of rows, 49, got 200"),
-        (dict(rho=1.001), "rho=1.001 asks for at least N / .K rho. = 49 / .4"),
-        (dict(clusters=200, method="zero-shot,calibrate", clusterer="minibatch"), "n_clusters must"),
+        (dict(clusters=200), "^clusters must be at most 49, the training rows, got 200"),
+        (dict(rho=1.001), "^rho does not fit the 49 training rows: rho=1.001 asks for at least N / .K rho. = 49 / .4"),
+        (dict(clusters=200, method="zero-shot,calibrate", clusterer="minibatch"), "^clusters must"),
         (dict(device="cuda:99"), "device cuda:99 was asked for|device 'cuda:99' cannot be used"),
         (dict(device="tpus"), "device 'tpus' cannot be used"),
         (dict(rank=7), "rank must be at most 6"),
@@ -257,6 +260,18 @@ def test_sweeps_share_the_settings_that_none_of_them_changes(tmp_path, monkeypat
     assert without_setting(base[0]) == without_setting(base[1])
 
 
+def test_sweeps_read_the_features_once(tmp_path, monkeypatch):
+    settings = config(tmp_path, method="zero-shot", seeds=(0,))
+    calls, digest_of = [], running.digest_of
+    for module in (running, ablation):
+        monkeypatch.setattr(module, "digest_of", lambda task: calls.append(task) or digest_of(task))
+    ablate(settings, task(settings), sweeps=["center", "target_set"])
+    assert len(calls) == 1
+    alone = run(dataclasses.replace(settings, out=str(tmp_path / "alone")), task(settings)).files[0]
+    base = tmp_path / "run" / "base" / "results.json"
+    assert json.loads(alone.read_text())["settings"] == json.loads(base.read_text())["settings"] and len(calls) == 2
+
+
 def without_setting(row):
     return {name: value for name, value in row.items() if name != "setting"}
 
@@ -275,6 +290,14 @@ def test_features_from_a_file_a_store_and_nowhere(tmp_path):
     assert [len(part) for part in split[:3]] == [80, 80, 80] and (split.val % 3 == 1).all()
     settings, digits = opened(RunConfig(out="x"))
     assert settings.imbalance == 100 and digits.frozen.shape[1] == 64
+
+
+def test_other_validation_rows_are_other_data():
+    settings, data = RunConfig(out="x", rank=2), blobs()
+    val = np.arange(len(data.labels)) % 3 == 1
+    parts = (None, np.zeros_like(val), val, np.roll(val, 1) & ~data.is_test)
+    found = [running.digest_of(FeatureTask(data, settings, part)) for part in parts]
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_a_damaged_store_is_refused(tmp_path):

@@ -35,6 +35,7 @@ extern "C" int rsf_add_one(float* x, long long n, void*) {
 }
 #endif
 """
+HAS_GPU = torch.cuda.is_available()
 ADD_ONE = ("rsf_add_one", ctypes.c_void_p, ctypes.c_longlong, ctypes.c_void_p)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 needs_nvcc = pytest.mark.skipif(
@@ -69,8 +70,10 @@ def toy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(toy, monkeypatch):
-    """A machine that says it has an H200, though no driver is there."""
+    """A machine that says it has an H200, though no driver is there; or the GPU that there is."""
     monkeypatch.setattr(_extension, "INTERPRET", False)
+    if HAS_GPU:
+        return toy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -270,20 +273,30 @@ def test_the_first_use_builds_for_the_gpu_at_hand(gpu, tmp_path, monkeypatch, ca
     (tmp_path / "ninja").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(sys, "executable", str(programs / "python"))
-    reason = "no NVIDIA driver, or one older than the CUDA runtime of the library"
     key = _extension._key  # a build that was killed leaves PyTorch's lock behind
     monkeypatch.setattr(_extension, "_key", lambda *args: locked(tmp_path, key(*args)))
-    with pytest.raises(NotImplementedError, match=f"rsf_probe failed with code 35: {reason}"):
+    reason = "no NVIDIA driver, or one older than the CUDA runtime of the library"
+    said = ["building the CUDA library, which is done once"]
+    if HAS_GPU:
         _extension.library()
+    else:
+        said.append("the CUDA library is not used")
+        with pytest.raises(NotImplementedError, match=f"rsf_probe failed with code 35: {reason}"):
+            _extension.library()
     (path,) = cached(tmp_path)
     plan = (path.parent / "build.ninja").read_text()
-    assert "-gencode=arch=compute_90a,code=sm_90a" in plan and "emulation" not in plan
-    said = [record.getMessage().split(":")[0] for record in caplog.records]
-    assert said == ["building the CUDA library, which is done once", "the CUDA library is not used"]
-    found = _extension._build("asked again")
-    with pytest.raises(RuntimeError, match=f"rsf_add_one failed with code 35: {reason}"):
-        _extension.bind(found, *ADD_ONE)(None, 1, None)
-    assert len(caplog.records) == 2, "what is in the cache was built again"
+    assert all(flag in plan for flag in _sources.gencode(_sources.nvcc(), [torch.cuda.get_device_capability()]))
+    assert "code=sm_75" not in plan and "emulation" not in plan
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == said
+    call = _extension.bind(_extension._build("asked again"), *ADD_ONE)
+    if HAS_GPU:
+        x = torch.zeros(3, device="cuda")
+        call(x.data_ptr(), 3, torch.cuda.current_stream().cuda_stream)
+        assert x.tolist() == [1, 1, 1]
+    else:
+        with pytest.raises(RuntimeError, match=f"rsf_add_one failed with code 35: {reason}"):
+            call(None, 1, None)
+    assert len(caplog.records) == len(said), "what is in the cache was built again"
 
 
 def locked(tmp_path, name):
@@ -295,12 +308,12 @@ def locked(tmp_path, name):
 
 def test_flags_for_gpus(monkeypatch):
     monkeypatch.setattr(_sources, "known_architectures", lambda nvcc: {"80", "86", "90", "100"})
-    flags = _sources.gencode("nvcc", [(9, 0), (8, 6), (9, 0), (12, 1)])
-    assert [flag.rpartition("=")[2] for flag in flags] == ["compute_80", "sm_86", "sm_90a"]
-    assert _sources.architectures("nvcc", None) == "8.0+PTX;9.0a;10.0a"
+    flags = _sources.gencode("nvcc", [(9, 0), (8, 6), (9, 0), (12, 1), (8, 9)])  # two are newer than this nvcc
+    assert [flag.rpartition("=")[2] for flag in flags] == ["compute_80", "sm_86", "compute_90", "sm_90a"]
+    assert _sources.architectures("nvcc", None) == "8.0;9.0+PTX;10.0"
     assert _sources.architectures("nvcc", "7.5 8.0 9.0;10.0+PTX Hopper") == "8.0;9.0;10.0+PTX;Hopper"
     monkeypatch.setattr(_sources, "known_architectures", lambda nvcc: {"80", "90"})
-    assert _sources.architectures("nvcc", None) == "8.0+PTX;9.0a"
+    assert _sources.architectures("nvcc", None) == "8.0;9.0+PTX"
 
 
 @pytest.fixture
@@ -328,12 +341,19 @@ def test_setup_builds_where_it_can(asked_of_setup):
     assert _sources.define(emulated=False) in library.extra_compile_args["nvcc"]
 
 
-@pytest.mark.parametrize("why", ["RSFAST_BUILD_CUDA=0", "nvcc is not found", "PyTorch is not in"])
+@pytest.mark.parametrize(
+    "why", ["RSFAST_BUILD_CUDA=0", "nvcc is not found", "PyTorch is not in", "nvcc is of CUDA 12.8"]
+)
 def test_setup_leaves_it_to_the_first_use_with_one_line(asked_of_setup, monkeypatch, tmp_path, capsys, why):
     if "=" in why:
         monkeypatch.setenv(*why.split("="))
     elif "nvcc" in why:
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        if "12.8" in why:  # another major version than PyTorch's
+            programs = tmp_path / "bin"
+            programs.mkdir()
+            (programs / "nvcc").write_text("#!/bin/sh\necho Cuda compilation tools, release 12.8, V12.8.93\n")
+            (programs / "nvcc").chmod(0o755)
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     asked, _ = asked_of_setup()

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linprog
 
 from rsfast.kmeans import ascend, constrained_assign, dissolve, scaled_bounds, size_bounds
-from rsfast.kmeans.constraint import assign, finish, fixed
+from rsfast.kmeans.constraint import ascent, assign, finish, fixed
 
 
 def random_costs(rng, ties=False, most=60, dtype=np.float32):
@@ -76,6 +76,33 @@ def test_optimal(kind, ties, monkeypatch):
         check_certificate(costs, found, lower, upper)
         best = least_cost(numbers.astype(np.float64), lower, upper)
         assert total(costs, found.labels) == pytest.approx(best, rel=1e-9, abs=1e-9)  # HiGHS's own is 1e-7
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_few_paths_need_few_rows(ties, monkeypatch):
+    """The rows that move most cheaply decide as all rows do, bit for bit."""
+    generator, shares, original = torch.Generator().manual_seed(5), [], ascent.nearest
+
+    def noted(*args):
+        rows = original(*args)
+        shares.append(rows.double().mean().item())
+        return rows
+
+    def all_rows(gaps, *_):
+        return torch.ones_like(gaps[0], dtype=torch.bool)
+
+    for rounds in (2, 4, 6, 16):
+        monkeypatch.setattr(assign, "ROUNDS", rounds)
+        costs = torch.rand(3000, 6, generator=generator) + torch.linspace(0, 0.4, 6)
+        costs = (100 * costs).round() if ties else costs
+        found = []
+        for nearest in (noted, all_rows):
+            monkeypatch.setattr(ascent, "nearest", nearest)
+            found.append(constrained_assign(costs, 400, 700, impl="reference"))
+        for one, two in zip(*found, strict=True):
+            assert one.equal(two)
+        check_certificate(costs, found[0], torch.full((6,), 400), torch.full((6,), 700))
+    assert len(shares) >= 4 and max(shares) < 0.9, shares
 
 
 def test_nothing_in_the_way_costs_nothing(monkeypatch):

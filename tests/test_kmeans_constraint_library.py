@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsfast import _extension
+from rsfast import _dispatch, _extension
 from rsfast.kmeans import ascend, constrained_assign
 from rsfast.kmeans.constraint import ascent, finish, fixed, library, paths
 from tests.test_kmeans_constraint import check_certificate, random_bounds, random_costs
@@ -111,15 +111,34 @@ def test_what_the_library_refuses():
             call(*sizes, *[None] * 6, 16, 0)
 
 
-def test_why_not(monkeypatch):
+def test_why_not(monkeypatch, device):
     monkeypatch.setattr(library, "MOST_POINTS", 5)
     with pytest.raises(NotImplementedError, match="there are 6 points; the kernels take up to 5"):
-        constrained_assign(torch.zeros(6, 2), 0, impl="fused")
+        constrained_assign(torch.zeros(6, 2, device=device), 0, impl="fused")
     with pytest.raises(NotImplementedError, match="there are 4097 clusters"):
-        constrained_assign(torch.zeros(1, 4097), 0, impl="fused")
+        constrained_assign(torch.zeros(1, 4097, device=device), 0, impl="fused")
     monkeypatch.setattr(library, "INTERPRET", False)
     with pytest.raises(NotImplementedError, match="the costs are on cpu, not on a GPU"):
         constrained_assign(torch.zeros(2, 2), 0, impl="fused")
+
+
+def test_auto_goes_on_where_the_first_use_fails_to_build(monkeypatch):
+    """Before anything was built there is no reason against the library."""
+    monkeypatch.setattr(_dispatch, "INTERPRET", False)
+    monkeypatch.setattr(library, "why_not", lambda costs: [])
+    monkeypatch.setattr(_extension, "missing", lambda device=None: [])
+    monkeypatch.setattr(_extension, "_load", lambda: "nvcc refuses the compiler")
+    costs = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    plain = constrained_assign(costs, 14, impl="reference")
+    assert all(a.equal(b) for a, b in zip(constrained_assign(costs, 14), plain, strict=True))
+    bounds = torch.full((4,), 14), torch.full((4,), 60)
+    assert ascend(costs, torch.zeros(4), *bounds).equal(ascend(costs, torch.zeros(4), *bounds, impl="reference"))
+    for insist in (
+        lambda: constrained_assign(costs, 14, impl="fused"),
+        lambda: ascend(costs, torch.zeros(4), *bounds, impl="fused"),
+    ):
+        with pytest.raises(NotImplementedError, match="nvcc refuses the compiler"):
+            insist()
 
 
 def test_without_a_gpu_an_installed_library_finds_the_paths(monkeypatch):

@@ -107,7 +107,10 @@ def test_gradients_of_a_loss_next_to_nothing(dtype, scale, device):
     image[0] *= 2  # too long for the others: they take the kernels with maxima
     image, text = image.requires_grad_(), (image / 4).requires_grad_()
     loss = one_way_loss(image, text, torch.tensor(scale), impl="fused")
-    assert 0 <= loss < 1e-29 and all(g.isfinite().all() for g in torch.autograd.grad(loss, (image, text)))
+    assert 0 <= loss < 1e-29
+    for steep in (1.0, 1e-10):
+        grads = torch.autograd.grad(loss, (image, text), torch.tensor(steep, device=device), retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -116,6 +119,26 @@ def test_infinity_is_no_number_of_ours(name, device):
         image, text = (x.detach() for x in drawn(dtype, device=device))
         image[3, 5] = sign * torch.inf
         assert not LOSSES[name](image, text, impl="fused").isfinite()
+
+
+HIDES_NOTHING = LOSSES | {
+    f"{size} triplet, gamma {gamma}": lambda v, t, gamma=gamma, same=same, **options: rsfast.adaptive_triplet_loss(
+        v, t, negatives="all", gamma=gamma, **(ids(v.device) | dict(mask_same_id=True) if same else {}), **options
+    )
+    for size, same in (("small", False), ("large", True))
+    for gamma in (0.5, 1.0, 2.0)
+}
+
+
+@pytest.mark.parametrize("name", HIDES_NOTHING)
+def test_nan_is_not_hidden(name, device):
+    """A maximum of NaN and a number is the number, on a GPU."""
+    for dtype in (torch.float32, torch.bfloat16):
+        image, text = (x.detach() for x in drawn(dtype, device=device))
+        image[3, 5] = torch.nan
+        loss = HIDES_NOTHING[name](image.requires_grad_(), text, impl="fused")
+        (grad,) = torch.autograd.grad(loss, image)
+        assert loss.isnan() and (grad[3].isnan().any() or name in ("triplet", "hardest"))  # NaN is no violation
 
 
 @each_loss
@@ -142,6 +165,14 @@ def test_launches_are_on_the_tensors_gpu(monkeypatch):
     far = types.SimpleNamespace(is_cuda=True, get_device=lambda: 1)
     assert _dispatch._where_it_lives(lambda *args: (current[-1], *args))(far, 5) == (1, far, 5)
     assert current == [0, 1, 0]
+
+
+@pytest.mark.parametrize("sm, reasons", ((75, 1), (80, 0), (120, 0)))
+def test_gpus_that_the_kernels_are_not_made_for(sm, reasons, monkeypatch):
+    """Shared memory and registers of a T4 do not hold the tiles, and it has no bf16."""
+    monkeypatch.setattr(_dispatch, "capability", lambda device: sm)
+    why_not = _dispatch.why_not_triton(types.SimpleNamespace(is_cuda=True, device=torch.device("cuda")))
+    assert why_not == ["the GPU has compute capability 7.5, and the kernels need 8.0 or newer"] * reasons
 
 
 def test_the_same_ids_twice_are_ids_once(device):

@@ -1,6 +1,7 @@
 """The kernel of small batches, by itself: losses, gradients, and how it divides the work."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from rsfast._tiles import INTERPRET
 from rsfast.similarity import reference
-from rsfast.similarity.kernels import small
+from rsfast.similarity.kernels import small, small_tiles
 from rsfast.testing import assert_within_budget
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -165,6 +166,17 @@ def test_barriers_are_launches(dtype, device):
 def test_any_number_of_programs_share_the_work(sm_count, device):
     inputs = *draw(50, 90, FP32, device), torch.tensor(14.0, device=device), None
     assert_same_bits(kernel(*inputs, sm_count=sm_count, cooperative=False), kernel(*inputs, cooperative=False))
+
+
+@pytest.mark.parametrize("sm_count", (108, 132, 148, 170, 188, 1024))
+def test_there_is_room_for_every_piece(sm_count):
+    """A GPU of 148 multiprocessors takes 144 tiles of four pieces."""
+    for n, losses in itertools.product(range(2, 2100), (1, 2)):
+        if plan := small._plan(n, sm_count, losses):
+            tiles_m, tiles_n = plan.tiles(n)
+            assert tiles_m * tiles_n * plan.PIECES <= small_tiles.ROOM.value, (n, plan)
+            assert small_tiles.COL_B.value + 16 * (losses - 1) + tiles_m <= small_tiles.ROW_A.value
+            assert small_tiles.ROW_A.value + 64 * (losses - 1) + tiles_n * plan.PIECES <= small_tiles.PARTIALS
 
 
 def test_each_loss_alone_and_without_gradients(device):

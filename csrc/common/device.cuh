@@ -99,7 +99,7 @@ __device__ __forceinline__ uint32_t load_pair(const uint16_t* p) { return *reint
 
 #else
 
-#define RSF_SHARED(name) unsigned char* name = emulation::me().block->shared
+#define RSF_SHARED(name) unsigned char* name = emulation::shared_memory()
 
 inline float to_float(Bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
 inline float to_float(Fp16 v) {
@@ -125,19 +125,19 @@ inline uint16_t matrix_element(const unsigned char (&board)[32][64], unsigned ma
 }
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   const auto& board = emulation::show(row);
-  const unsigned lane = emulation::me().thread % 32;
+  const unsigned lane = threadIdx.x % 32;
   for (unsigned m = 0; m < 4; ++m)
     r[m] = matrix_element(board, m, lane / 4, lane % 4 * 2) |
            uint32_t(matrix_element(board, m, lane / 4, lane % 4 * 2 + 1)) << 16;
-  __syncwarp();  // nobody writes what another still reads
+  emulation::meet(emulation::my_warp().meeting, false);  // nobody writes what another still reads
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   const auto& board = emulation::show(row);
-  const unsigned lane = emulation::me().thread % 32;
+  const unsigned lane = threadIdx.x % 32;
   for (unsigned m = 0; m < 4; ++m)
     r[m] = matrix_element(board, m, lane % 4 * 2, lane / 4) |
            uint32_t(matrix_element(board, m, lane % 4 * 2 + 1, lane / 4)) << 16;
-  __syncwarp();
+  emulation::meet(emulation::my_warp().meeting, false);
 }
 
 inline float truncated(double exact) {  // to fp32, towards zero, as tensor cores do
@@ -145,53 +145,84 @@ inline float truncated(double exact) {  // to fp32, towards zero, as tensor core
   return std::fabs(double(near)) > std::fabs(exact) ? std::nextafterf(near, 0.0f) : near;
 }
 template <class T>
-inline float half_of(uint32_t pair, unsigned high) {
-  return to_float(T{uint16_t(pair >> (16 * high))});
+inline T half_of(uint32_t pair, unsigned high) {
+  return T{uint16_t(pair >> (16 * high))};
 }
+inline int exponent_of(Bf16 v) { return std::max(v.bits >> 7 & 0xff, 1) - 127; }
+inline int exponent_of(Fp16 v) { return std::max(v.bits >> 10 & 0x1f, 1) - 15; }
 struct Operands {
   uint32_t a[4], b[2];
 };
+// c and eight products are aligned to the largest of them, cut off one bit below fp32 and added, as tests of tensor
+// cores have found them to do (Fasi, Higham, Mikaitis, Pranesh 2021).
+template <class T>
+inline float eight_at_once(float c, const T (&left)[8], const T (&right)[8]) {
+  double terms[9] = {c}, plain = c;
+  int largest = c == 0 ? -2000 : std::ilogb(c);
+  for (unsigned k = 0; k < 8; ++k) {
+    plain += terms[k + 1] = double(to_float(left[k])) * double(to_float(right[k]));
+    if (terms[k + 1] != 0) largest = std::max(largest, exponent_of(left[k]) + exponent_of(right[k]));
+  }
+  if (!std::isfinite(plain) || largest == -2000) return float(plain);
+  const double unit = std::ldexp(1.0, largest - 24);
+  double sum = 0;
+  for (double term : terms) sum += std::trunc(term / unit);
+  return truncated(sum * unit);
+}
 template <class T>
 inline void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto& board = emulation::show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const unsigned lane = emulation::me().thread % 32;
+  const unsigned lane = threadIdx.x % 32;
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = c[i];
-    for (unsigned k = 0; k < 16; ++k) {
-      const auto left = emulation::shown<Operands>(board, row % 8 * 4 + k % 8 / 2);
-      const auto right = emulation::shown<Operands>(board, column * 4 + k % 8 / 2);
-      sum += double(half_of<T>(left.a[row / 8 + k / 8 * 2], k % 2)) * double(half_of<T>(right.b[k / 8], k % 2));
+    for (unsigned half = 0; half < 2; ++half) {
+      T left[8], right[8];
+      for (unsigned k = 0; k < 8; ++k) {
+        left[k] = half_of<T>(emulation::shown<Operands>(board, row % 8 * 4 + k / 2).a[row / 8 + half * 2], k % 2);
+        right[k] = half_of<T>(emulation::shown<Operands>(board, column * 4 + k / 2).b[half], k % 2);
+      }
+      c[i] = eight_at_once(c[i], left, right);
     }
-    c[i] = truncated(sum);
   }
 }
 
 inline void copy_async(void* shared, const void* global, bool inside) {
+  emulation::races::copy(inside ? global : nullptr, shared, 16, true);
+  const emulation::races::Mute mute;
   std::memset(shared, 0xff, 16);  // nothing to see before it is waited for
   emulation::me().groups.back().push_back({shared, inside ? global : nullptr, 16});
 }
-inline void commit_copies() { emulation::me().groups.emplace_back(); }
+inline void commit_copies() {
+  const emulation::races::Mute mute;
+  emulation::me().groups.emplace_back();
+}
 template <int kPending>
 inline void wait_for_copies() {
+  const emulation::races::Mute mute;
   auto& groups = emulation::me().groups;  // the last one is still open
   while (groups.size() > kPending + 1) {
-    for (const auto& copy : groups.front())
+    for (const auto& copy : groups.front()) {
+      emulation::races::copy(copy.from, copy.to, copy.bytes, false);
       copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+    }
     groups.erase(groups.begin());
   }
 }
 
-inline unsigned cluster_rank() { return emulation::me().block->rank; }
-inline unsigned cluster_size() { return emulation::me().block->cluster->blocks.size(); }
+RSF_UNWATCHED inline unsigned cluster_rank() { return emulation::me().block->rank; }
+RSF_UNWATCHED inline unsigned cluster_size() { return emulation::me().block->cluster->size; }
 inline void cluster_barrier() { emulation::meet(emulation::me().block->cluster->meeting); }
 template <class T>
-inline T* in_block(T* shared, unsigned rank) {
+RSF_UNWATCHED inline T* in_block(T* shared, unsigned rank) {
   auto* block = emulation::me().block;
   auto offset = reinterpret_cast<unsigned char*>(shared) - block->shared;
   return reinterpret_cast<T*>(block->cluster->blocks[rank]->shared + offset);
 }
-inline uint32_t load_acquire(const uint32_t* p) { return *reinterpret_cast<const volatile uint32_t*>(p); }
+inline uint32_t load_acquire(const uint32_t* p) {
+  emulation::races::touch(p, 4, emulation::races::kAtomic, emulation::races::kAcquire);
+  const emulation::races::Mute mute;
+  return *reinterpret_cast<const volatile uint32_t*>(p);
+}
 inline void relax() { emulation::yield(); }
 inline uint32_t load_pair(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }
 

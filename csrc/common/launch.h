@@ -7,6 +7,8 @@
 
 namespace rsf {
 
+constexpr int kTooManyAtOnce = 720;  // cudaErrorCooperativeLaunchTooLarge
+
 struct Shape {
   unsigned blocks, threads;
   size_t shared = 0;     // bytes

@@ -41,6 +41,7 @@ const char* rsf_error(int code) {
     case RSF_NOT_SERVED: return "no kernel for these sizes on this GPU";
     case RSF_NO_MEMORY: return "not enough memory on the host";
     case RSF_STUCK: return "the threads of an emulated kernel wait for each other";
+    case RSF_RACE: return "the threads of an emulated kernel race";
     case 35: return "no NVIDIA driver, or one older than the CUDA runtime of the library";
     case 100: return "no GPU is visible";
     case 209: return "the library was not built for this GPU";

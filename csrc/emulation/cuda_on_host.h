@@ -3,8 +3,8 @@
 // same sources, compiled by a C++ compiler with `-include` of this file.
 //
 // Harsher than a GPU where that finds mistakes: fibres run in shuffled order, shared memory starts as NaN, what an
-// asynchronous copy brings is NaN until it is waited for, tensor cores truncate, and a launch in which nobody can go on
-// is an error.
+// asynchronous copy brings is NaN until it is waited for, tensor cores truncate, fewer blocks are resident than the
+// device promises, and a launch in which nobody can go on is an error.
 #pragma once
 #define RSF_EMULATION 1
 
@@ -22,6 +22,9 @@
 #include <ucontext.h>
 #endif
 
+#include "../common/errors.h"
+#include "races.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -29,10 +32,6 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
@@ -40,6 +39,8 @@ constexpr cudaError_t cudaSuccess = 0;
 namespace emulation {
 
 constexpr size_t kStack = 64 * 1024;
+constexpr unsigned kAtOnce = 20;         // blocks that are resident at most
+constexpr unsigned kMostInCluster = 8;  // that every GPU with clusters allows
 
 struct Meeting {  // a barrier of a known number of fibres
   unsigned expected = 0, arrived = 0, turn = 0;
@@ -53,18 +54,20 @@ struct Warp {
 struct Cluster;
 
 struct Block {
-  dim3 index;
-  unsigned rank = 0;
+  unsigned index = 0, rank = 0;
   Cluster* cluster = nullptr;
   Meeting meeting;
-  std::vector<Warp> warps;
+  std::unique_ptr<Warp[]> warps;
+  Warp* warp = nullptr;  // the first
   std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
+  size_t bytes = 0;
 };
 
 struct Cluster {
   Meeting meeting;
-  std::vector<Block*> blocks;
+  Block* blocks[kMostInCluster] = {};
+  unsigned size = 0;
 };
 
 struct Copy {
@@ -94,19 +97,17 @@ struct State {
 #if !defined(__x86_64__)
   ucontext_t home;
 #endif
-  dim3 grid, block;
+  unsigned blocks = 0, threads = 0;
   std::function<void()> body;
   uint64_t progress = 0;
 };
 
-inline State& state() {
-  static State s;
-  return s;
-}
+__attribute__((visibility("hidden"))) inline State the_state;  // one for a library, not one for all
+RSF_UNWATCHED inline State& state() { return the_state; }
 
 #if defined(__x86_64__)
 // Saves what the calling convention says a function keeps, and goes on where the other one stopped.
-__attribute__((naked, noinline)) inline void swap_stacks(void** /*from*/, void* /*to*/) {
+__attribute__((naked, noinline, no_sanitize("thread"))) inline void swap_stacks(void** /*from*/, void* /*to*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -122,6 +123,8 @@ inline void enter(Fibre& f) { swapcontext(&state().home, &f.context); }
 inline void run() {  // what a fibre does from its first entry to its end
   State& s = state();
   s.body();
+  races::end();
+  races::leave();
   s.now->done = true;
   ++s.progress;
   leave(*s.now);
@@ -150,19 +153,23 @@ inline void prepare(Fibre& f) {
 
 inline void yield() { leave(*state().now); }
 
-inline void meet(Meeting& m) {
+// `orders`: whether what was done before is known to all after; a shuffle, for one, promises no such thing.
+inline void meet(Meeting& m, bool orders = true) {
+  const races::Mute mute;
   const unsigned turn = m.turn;
-  if (++m.arrived == m.expected) {
+  const bool last = ++m.arrived == m.expected;
+  if (orders) races::arrive(&m, last);
+  if (last) {
     m.arrived = 0;
     ++m.turn;
     ++state().progress;
-    return;
   }
   while (m.turn == turn) yield();
+  if (orders) races::depart(&m);
 }
 
-inline Fibre& me() { return *state().now; }
-inline Warp& my_warp() { return me().block->warps[me().thread / 32]; }
+RSF_UNWATCHED inline Fibre& me() { return *state().now; }
+RSF_UNWATCHED inline Warp& my_warp() { return me().block->warp[me().thread / 32]; }
 
 // Every lane shows `mine` and then sees what all lanes showed.
 template <class T>
@@ -170,21 +177,23 @@ inline const unsigned char (&show(const T& mine))[32][64] {
   static_assert(sizeof(T) <= 64);
   Fibre& f = me();
   Warp& w = my_warp();
+  const races::Mute mute;
   auto& board = w.exchange[f.phase++ & 1];
   std::memcpy(board[f.thread % 32], &mine, sizeof(T));
-  meet(w.meeting);
+  meet(w.meeting, false);
   return board;
 }
 template <class T>
 inline T shown(const unsigned char (&board)[32][64], unsigned lane) {
+  const races::Mute mute;
   T value;
   std::memcpy(&value, board[lane & 31], sizeof(T));
   return value;
 }
 
-inline int failed(const char* why) {
+inline int failed(int code, const char* why) {
   std::fprintf(stderr, "emulated kernel: %s\n", why);
-  return -100;
+  return code;
 }
 
 inline int go(std::vector<Block*>& blocks, unsigned threads) {
@@ -199,6 +208,8 @@ inline int go(std::vector<Block*>& blocks, unsigned threads) {
     prepare(f);
     s.order[i] = i;
   }
+  races::begin(many, threads);
+  for (size_t b = 0; b < blocks.size(); ++b) races::shared(b, blocks[b]->shared, blocks[b]->bytes);
   std::mt19937 shuffle(static_cast<unsigned>(many * 7919 + 17));
   std::shuffle(s.order.begin(), s.order.end(), shuffle);
   size_t alive = many;
@@ -209,40 +220,47 @@ inline int go(std::vector<Block*>& blocks, unsigned threads) {
       Fibre& f = s.fibres[i];
       if (f.done) continue;
       s.now = &f;
+      races::enter(i, f.stack.get(), kStack);
       enter(f);
+      races::leave();
       alive += !f.done;
     }
     idle = s.progress == before ? idle + 1 : 0;
-    if (idle > 8) return failed("nobody can go on: a barrier waits for threads that never come");
+    if (idle > 8) return failed(RSF_STUCK, "nobody can go on: a barrier waits for threads that never come");
   }
-  return 0;
+  return races::found() ? failed(RSF_RACE, "accesses that nothing orders") : 0;
 }
 
 // Runs `body` as a kernel; blocks of a cluster at once, all blocks at once if `together`.
-inline int launch(dim3 grid, dim3 block, size_t shared, unsigned cluster, bool together, std::function<void()> body) {
+inline int launch(unsigned count, unsigned threads, size_t shared, unsigned cluster, bool together,
+                  std::function<void()> body) {
   State& s = state();
-  const unsigned threads = block.x * block.y * block.z, count = grid.x * grid.y * grid.z;
-  if (threads % 32 || grid.x % cluster) return failed("blocks must be whole warps and grids whole clusters");
-  s.grid = grid;
-  s.block = block;
+  if (threads % 32 || count % cluster || cluster > kMostInCluster)
+    return failed(RSF_STUCK, "blocks must be whole warps, and grids whole clusters of 8 blocks at most");
+  if (together && count > kAtOnce) return 720;  // cudaErrorCooperativeLaunchTooLarge
+  s.blocks = count;
+  s.threads = threads;
   s.body = std::move(body);
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<Block*> batch;
+  races::forget();
   for (unsigned b = 0; b < count; ++b) {
     if (b % cluster == 0) clusters.emplace_back(new Cluster);
     blocks.emplace_back(new Block);
     Block& one = *blocks.back();
-    one.index = dim3(b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y));
+    one.index = b;
     one.rank = b % cluster;
     one.cluster = clusters.back().get();
-    one.cluster->blocks.push_back(&one);
+    one.cluster->blocks[one.cluster->size++] = &one;
     one.cluster->meeting.expected = cluster * threads;
     one.meeting.expected = threads;
-    one.warps.resize(threads / 32);
-    for (Warp& w : one.warps) w.meeting.expected = 32;
-    one.storage.reset(new unsigned char[shared]);
-    one.shared = one.storage.get();
+    one.warps.reset(new Warp[threads / 32]);
+    one.warp = one.warps.get();
+    for (unsigned w = 0; w < threads / 32; ++w) one.warp[w].meeting.expected = 32;
+    one.bytes = shared;
+    one.storage.reset(new unsigned char[shared + 2 * races::kRedZone]);
+    one.shared = one.storage.get() + races::kRedZone;
     std::memset(one.shared, 0xff, shared);  // as numbers: NaN
     batch.push_back(&one);
     if (!together && (b + 1) % cluster == 0) {
@@ -255,22 +273,25 @@ inline int launch(dim3 grid, dim3 block, size_t shared, unsigned cluster, bool t
   return batch.empty() ? 0 : go(batch, threads);
 }
 
-inline dim3 thread_index() {
-  const dim3 b = state().block;
-  const unsigned t = me().thread;
-  return dim3(t % b.x, t / b.x % b.y, t / (b.x * b.y));
-}
+struct Index {  // every launch has one dimension
+  unsigned x;
+};
+RSF_UNWATCHED inline Index thread_index() { return {me().thread}; }
+RSF_UNWATCHED inline Index block_index() { return {me().block->index}; }
+RSF_UNWATCHED inline Index block_size() { return {state().threads}; }
+RSF_UNWATCHED inline Index grid_size() { return {state().blocks}; }
+RSF_UNWATCHED inline unsigned char* shared_memory() { return me().block->shared; }
 
 }  // namespace emulation
 
 #define threadIdx (emulation::thread_index())
-#define blockIdx (emulation::me().block->index)
-#define blockDim (emulation::state().block)
-#define gridDim (emulation::state().grid)
+#define blockIdx (emulation::block_index())
+#define blockDim (emulation::block_size())
+#define gridDim (emulation::grid_size())
 
 inline void __syncthreads() { emulation::meet(emulation::me().block->meeting); }
 inline void __syncwarp(unsigned = ~0u) { emulation::meet(emulation::my_warp().meeting); }
-inline void __threadfence() {}
+inline void __threadfence() { emulation::races::fence(); }
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
   const unsigned lane = emulation::me().thread % 32;
@@ -285,6 +306,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T, class U>
 inline T atomicAdd(T* at, U by) {
+  emulation::races::touch(at, sizeof(T), emulation::races::kAtomic);
+  const emulation::races::Mute mute;
   const T before = *at;
   *at = before + T(by);
   ++emulation::state().progress;

@@ -79,7 +79,7 @@ struct Finish {
         largest = max(largest, __shfl_xor_sync(~0u, largest, by));
         widest = max(widest, __shfl_xor_sync(~0u, widest, by));
       }
-      // sums of a warp, of warps and of blocks; tensor cores truncate, so an ulp each
+      // products of a warp, sums of warps and of blocks
       const double adds = Tile::kAdds + cluster_size() + 4;
       const double split = split_error<typename Tile::T>() + adds * 0x1p-22;
       if (threadIdx.x == 0) {

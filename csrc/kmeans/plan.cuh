@@ -55,11 +55,12 @@ int teams_at_once(int members) {
   return members <= 8 ? 3 : 0;
 #else
   constexpr int kShared = sizeof(Shared<Tile>);
-  int device = 0, major = 0, processors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  int device = 0, processors = 0, blocks = 0;
+  cudaFuncAttributes loaded;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaFuncGetAttributes(&loaded, onepass<Tile>) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (major < 8 || (members > 1 && major < 9)) return 0;
+  // asked of the code, not of the GPU: what the driver made from PTX of sm_80 knows nothing of clusters on any GPU
+  if (members > 1 && loaded.ptxVersion < 90) return 0;
   if (cudaFuncSetAttribute(onepass<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return 0;
   if (members == 1) {
     if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, onepass<Tile>, Tile::kThreads, kShared) != cudaSuccess)
@@ -84,20 +85,21 @@ int64_t serve(const Call& call) {
   static_assert(sizeof(Shared<Tile>) <= 227 * 1024, "no GPU gives a block so much shared memory");
   const int members = (call.width + Tile::kSlice - 1) / Tile::kSlice, padded_width = members * Tile::kSlice;
   const int64_t tiles = (call.taken + Tile::kRows - 1) / Tile::kRows;
-  const int teams = int(std::min<int64_t>(teams_at_once<Tile>(members), std::max<int64_t>(tiles, 1)));
+  int teams = int(std::min<int64_t>(teams_at_once<Tile>(members), std::max<int64_t>(tiles, 1)));
   if (teams < 1) {
 #ifndef RSF_EMULATION
     cudaGetLastError();  // what the questions left behind
 #endif
     return RSF_NOT_SERVED;
   }
-  const int64_t team_rows = (tiles + teams - 1) / teams * Tile::kRows;
-  int64_t bytes = 0;
   auto* base = static_cast<unsigned char*>(call.workspace);
-  const Workspace w =
-      carve(base, Tile::kClusters, teams, members, padded_width / kGroup, padded_width, team_rows, &bytes);
+  int64_t bytes = 0;
+  const auto work = [&] {
+    const int64_t team_rows = (tiles + teams - 1) / teams * Tile::kRows;
+    return carve(base, Tile::kClusters, teams, members, padded_width / kGroup, padded_width, team_rows, &bytes);
+  };
+  work();
   if (!call.problem) return bytes;
-  if (bytes > call.bytes) return RSF_WORKSPACE_TOO_SMALL;
   const RsfKMeans& given = *call.problem;
   Problem p{};
   p.x = given.x;
@@ -119,18 +121,23 @@ int64_t serve(const Call& call) {
   p.tolerance = given.tolerance;
   p.smoothing = given.smoothing;
   p.reassignment_ratio = given.reassignment_ratio;
+  for (;; teams /= 2) {  // fewer are resident than the device promised where a tool that watches kernels takes room
+    const Workspace w = work();
+    if (bytes > call.bytes) return RSF_WORKSPACE_TOO_SMALL;
 #ifdef RSF_EMULATION
-  *w.barrier = 0;
+    *w.barrier = 0;
 #else
-  if (int code = cudaMemsetAsync(w.barrier, 0, sizeof(uint32_t), static_cast<cudaStream_t>(call.stream))) return code;
+    if (int code = cudaMemsetAsync(w.barrier, 0, sizeof(uint32_t), static_cast<cudaStream_t>(call.stream))) return code;
 #endif
-  Shape shape;
-  shape.blocks = teams * members;
-  shape.threads = Tile::kThreads;
-  shape.shared = sizeof(Shared<Tile>);
-  shape.cluster = members;
-  shape.together = true;
-  return launch(onepass<Tile>, shape, call.stream, p, w);
+    Shape shape;
+    shape.blocks = teams * members;
+    shape.threads = Tile::kThreads;
+    shape.shared = sizeof(Shared<Tile>);
+    shape.cluster = members;
+    shape.together = true;
+    const int code = launch(onepass<Tile>, shape, call.stream, p, w);
+    if (code != kTooManyAtOnce || teams == 1) return code;
+  }
 }
 
 // Up to 32 clusters by blocks of four warps, up to 64 by eight: so the sums fit the registers.

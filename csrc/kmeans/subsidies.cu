@@ -205,7 +205,7 @@ __global__ void pick(Work work, int digit, int64_t* subsidies) {
       if (!search.too_large && paid < 0) now = min(now, int64_t(0));
       if (now != paid) {
         subsidies[search.cluster] = now;
-        work.state->changed = 1;
+        atomicAdd(&work.state->changed, 1);  // of several blocks
       }
     }
   }

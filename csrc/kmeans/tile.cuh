@@ -23,7 +23,9 @@ struct Tile {
 
   static constexpr int kExchangeRows = kRows + 8;  // rows in up to 8 equal shares
   static constexpr int kMostMembers = 8, kBlocksPerSm = kWarps == 4 ? 2 : 1;
-  static constexpr int kAdds = kSteps * Kind<T>::kScoreProducts + kWarps;  // roundings in a score, but for the team's
+  // What is lost in a score, but for the team's sums, in 2^-22 of ||x|| ||c||. A product adds eight terms twice, each of
+  // the nine cut off at 2^-24 of the largest and their sum at 2^-23: 5.5 of those, if all bits lost point one way.
+  static constexpr int kAdds = 6 * kSteps * Kind<T>::kScoreProducts + kWarps;
 
   struct Stages {
     T x[kStages][kRows * kPitch];

@@ -13,7 +13,7 @@ from rsfast.deblora.debiasing.calibration import augment, auto_alpha, calibrate,
 from rsfast.deblora.debiasing.centers import debiased_centers
 from rsfast.deblora.debiasing.clustering import cluster_features
 from rsfast.deblora.debiasing.clusters import Clusters
-from rsfast.deblora.debiasing.composition import class_cluster_counts
+from rsfast.deblora.debiasing.composition import class_cluster_counts, classes_of_noise
 from rsfast.deblora.features.backbones import image_encoder
 from rsfast.deblora.features.diffusion import StableDiffusionEncoder, sample_seed, stable_diffusion_encoder
 from rsfast.deblora.features.exchange import export_parquet, import_pt
@@ -59,6 +59,7 @@ __all__ = [
     "class_distances",
     "class_f1",
     "class_loss",
+    "classes_of_noise",
     "cluster_features",
     "debiased_centers",
     "digits",

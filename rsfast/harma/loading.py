@@ -27,6 +27,14 @@ def seeded(transform, image: Image.Image, seed: int) -> Tensor:
         return transform(image)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """The generators that training draws from; torch.manual_seed would reseed the other GPUs too."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 class TrainBatches(Sampler):
     """For every step from ``start`` on, the (epoch, index) pairs of this process's share of the batch.
 

@@ -60,7 +60,7 @@ def build(config: dict, *, seed: int = 0) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), _quiet():
         # the one public way from a config to a model that changes no global list
         Path(folder, "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the GPUs' generators are the caller's
         try:
             return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
         except Exception as error:  # whatever open_clip stumbles over in the config

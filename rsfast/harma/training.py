@@ -17,7 +17,7 @@ from rsfast.harma.config import PRECISIONS, TrainConfig
 from rsfast.harma.data import CaptionedImages
 from rsfast.harma.distributed import Processes
 from rsfast.harma.evaluation import Evaluation, evaluate
-from rsfast.harma.loading import TrainBatches, TrainCollate, TrainPairs, loader, mixed_seed
+from rsfast.harma.loading import TrainBatches, TrainCollate, TrainPairs, loader, mixed_seed, seed_generators
 from rsfast.harma.log import Log
 from rsfast.harma.model import image_settings
 from rsfast.harma.objective import FrozenTowers, Objective, Towers
@@ -187,9 +187,8 @@ class Trainer:
             with self._autocast():
                 frozen = self.frozen(images, tokens)
             frozen = [gather(x) for x in frozen]
-        torch.manual_seed(
-            mixed_seed(c.seed, step, 2, self.processes.rank)
-        )  # what a model draws does not know of resuming
+        # what a model draws does not know of resuming
+        seed_generators(mixed_seed(c.seed, step, 2, self.processes.rank), self.device)
         with self._autocast():
             image_features, text_features, logit_scale = self.towers(images, tokens)
         if logit_scale.device.type == "cpu" and not 0 < logit_scale.item() < math.inf:  # where it costs nothing to look
@@ -309,8 +308,8 @@ class Trainer:
             return "max_steps"
         return (self.signal or "a signal to another process") if self.processes.any(self.signal is not None) else None
 
-    def _gpus(self) -> list[int]:
-        return [self.device.index or 0] if self.device.type == "cuda" else []
+    def _gpus(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
 
     @contextlib.contextmanager
     def _signals(self):

@@ -47,7 +47,7 @@ def gelu(a):
 @triton.jit
 def gelu_grad(a):
     a = a.to(tl.float32)
-    density = 0.3989422804014327 * tl.exp2(-0.5 * LOG2E * a * a)
+    density = 0.3989422804014327 * tl.exp2(a * (-0.5 * LOG2E) * a)
     return 0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * density
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rsfast._files import write_json
-from rsfast.deblora.comparison.config import RunConfig
-from rsfast.deblora.comparison.running import RunResult, prepared, run
+from rsfast.deblora.comparison.config import RunConfig, SettingError
+from rsfast.deblora.comparison.running import RunResult, digest_of, prepared, run
 from rsfast.deblora.comparison.sources import opened
 from rsfast.deblora.comparison.tasks import Task
 from rsfast.deblora.debiasing.clustering import NoClusterError
@@ -53,26 +53,28 @@ def ablate(
     """
     for name in sweeps or ():
         if name not in SWEEPS:
-            raise ValueError(f"sweep must be of {', '.join(SWEEPS)}; got {name!r}")
+            raise SettingError("sweep", f"{{}} must be of {', '.join(SWEEPS)}; got {name!r}")
     if task is None:
-        config, task = opened(config, progress=progress)
-    out, rows, by_class, reasons = Path(config.out), [], [], []
+        config, task = opened(config, progress=progress, early=False)
+    out, rows, by_class, clusters, reasons = Path(config.out), [], [], [], []
+    shown = dict(progress=progress, embedding=embedding, data=digest_of(task))  # all settings have the same rows
     for name in sweeps or SWEEPS:
         for value in SWEEPS[name]:
             setting = f"{name}={'none' if value is None else value}"
             folder = BASE if value == getattr(config, name) else setting  # which all sweeps have in common
             one = dataclasses.replace(config, **{name: value}, out=str(out / folder))
-            found, reason = _one(one, task, setting, report, dict(progress=progress, embedding=embedding))
+            found, reason = _one(one, task, setting, report, shown)
             if found is None:
                 reasons.append(f"{setting} is left out: {reason}")
                 warnings.warn(reasons[-1], stacklevel=2)
                 continue
             rows += [{"setting": setting, **row} for row in found.rows]
             by_class += [{"setting": setting, **row} for row in found.by_class]
-            write_json(out / RESULTS, {"rows": rows})
+            clusters += [{"setting": setting, **row} for row in found.clusters]
+            write_json(out / RESULTS, {"rows": rows, "clusters": clusters})
     if not rows:
-        raise ValueError(f"sweep: the data can have none of the values; {reasons[0]}")
-    return RunResult(rows, by_class, [out / RESULTS])
+        raise SettingError("sweep", f"{{}}: the data can have none of the values; {reasons[0]}")
+    return RunResult(rows, by_class, [out / RESULTS], clusters)
 
 
 def _one(config: RunConfig, task: Task, setting: str, report, shown: dict) -> tuple[RunResult | None, str]:

@@ -18,6 +18,15 @@ CHOICES = {
     "probe": ("linear", "logistic", "knn"),
     "precision": ("fp32", "bf16", "fp16"),
 }
+MOST = 2**31  # above any number of rows, epochs or processes
+
+
+class SettingError(ValueError):
+    """A setting that does not fit. ``{}`` in ``text`` is where its name stands, which a command writes as a flag."""
+
+    def __init__(self, setting: str, text: str):
+        super().__init__(text.replace("{}", setting))
+        self.setting, self.text = setting, text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +36,11 @@ class RunConfig:
     Args:
         out: Folder of the results.
         features: An ``.npz`` with ``features``, ``label``, ``is_test``, ``classes``, or the folder of a
-            :class:`FeatureStore` with splits. Neither features nor images: scikit-learn's digits.
+            :class:`FeatureStore` with splits. Neither features nor images: scikit-learn's digits. Of a store whose
+            rows take more than 1 GiB in fp32, what a step needs is read from the disk, through files in ``out`` that
+            are removed. Held in memory are what a trained map made of the rows, all rows for the clusterers but
+            ``minibatch`` and the probes but ``linear``, rows and calibrated ones together for ``calibrate``, and K
+            numbers a row under ``rho``.
         images: What :func:`load_labelled` reads: a folder, a list file.
         image_root: Where the images are that a file names.
         image_format: As in :func:`load_labelled`.
@@ -99,50 +112,61 @@ class RunConfig:
     workers: int = 0
 
     def __post_init__(self):
-        trained = [m.name for m in parse_methods(self.method) if m.trained is not None or m.step == "deblora"]
+        try:
+            methods = parse_methods(self.method)
+        except ValueError as error:
+            raise SettingError("method", "{}" + str(error).removeprefix("method")) from error
+        trained = [m.name for m in methods if m.trained is not None or m.step == "deblora"]
         if self.features is not None and self.images is not None:
             raise ValueError("features and images exclude each other: give one of them")
         if self.images is not None and self.model is None:
             raise ValueError("images need a model: open_clip's name or timm's")
         for name in ("model", "pretrained", "image_root"):
             if self.images is None and getattr(self, name) is not None:
-                raise ValueError(f"{name} is for images, which are not given; features need none")
+                raise SettingError(name, "{} is for images, which are not given; features need none")
         if not self.seeds or any(type(seed) is not int or seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds must be integers of at least 0, one or more, got {self.seeds!r}")
+            raise SettingError("seeds", f"{{}} must be integers of at least 0, one or more, got {_shown(*self.seeds)}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must differ from each other, got {self.seeds!r}")
+            raise SettingError("seeds", f"{{}} must differ from each other, got {_shown(*self.seeds)}")
         for name in ("clusters", "rank", "epochs", "deblora_epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is None and name not in ("clusters", "rank"):
-                continue
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name, least in (("rho", 1), ("imbalance", 1)):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+            whole = type(getattr(self, name)) is int and 0 < getattr(self, name) < MOST
+            self._check(name, whole, "a positive integer below 2**31", none=name not in ("clusters", "rank"))
+        whole = type(self.workers) is int and 0 <= self.workers < MOST
+        self._check("workers", whole, "an integer of at least 0, below 2**31")
+        for name in ("rho", "imbalance"):
+            self._check(name, self._number(name) >= 1, "a number of at least 1", none=True)
         for name in ("lora_alpha", "lr", "deblora_lr"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
-        if self.alpha != "auto" and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1):
-            raise ValueError(f"alpha must be 'auto' or a number from 0 to 1, got {self.alpha!r}")
-        if not 0 <= self.val_share < 1:
-            raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share!r}")
-        if self.test_share is not None and not 0 < self.test_share < 1:
-            raise ValueError(f"test_share must be between 0 and 1, got {self.test_share!r}")
+            self._check(name, self._number(name) > 0, "a positive number", none=name != "lora_alpha")
+        self._check("weight_decay", self._number("weight_decay") >= 0, "a number of at least 0")
+        part = self.alpha == "auto" or 0 <= self._number("alpha") <= 1
+        self._check("alpha", part, "'auto' or a number from 0 to 1")
+        self._check("val_share", 0 <= self._number("val_share") < 1, "at least 0 and below 1")
+        self._check("test_share", 0 < self._number("test_share") < 1, "between 0 and 1", none=True)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices and not (name == "precision" and self.precision is None):
-                raise ValueError(f"{name} must be of {', '.join(choices)}, got {getattr(self, name)!r}")
+            self._check(name, getattr(self, name) in choices, f"of {', '.join(choices)}", none=name == "precision")
         if self.precision == "fp16" and trained:
-            raise ValueError(f"precision must be fp32 or bf16 where something is trained, as {trained[0]}; got 'fp16'")
-        if type(self.workers) is not int or self.workers < 0:
-            raise ValueError(f"workers must be an integer of at least 0, got {self.workers!r}")
+            raise SettingError(
+                "precision", f"{{}} must be fp32 or bf16 where something is trained, as {trained[0]}; got 'fp16'"
+            )
+
+    def _number(self, name: str) -> float:
+        """A setting that is a finite number, else NaN, which is in no range."""
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        return value if number else math.nan
+
+    def _check(self, name: str, fits: bool, wanted: str, none: bool = False) -> None:
+        value = getattr(self, name)
+        if not (fits or (none and value is None)):
+            raise SettingError(name, f"{{}} must be {wanted}, got {_shown(value)}")
 
     def place(self) -> str:
         """The device to compute on; ValueError if it is not there."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
         return device
+
+
+def _shown(*values) -> str:
+    """Values as they were given; a long number in short."""
+    return ", ".join(f"{v:.3g}" if type(v) is int and abs(v) > MOST else repr(v) for v in values) or "none"

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rsfast.deblora.comparison.config import RunConfig
 from rsfast.deblora.comparison.tasks import Defaults, FeatureTask
@@ -13,6 +14,7 @@ from rsfast.models import add_lora, set_adapter_ids
 
 TARGETS = ("q", "k", "v", "out")  # of a backbone's LoRA: the attention's maps, as the authors have it
 IMAGES = 64  # a step
+AT_ONCE = 256  # images and classes that a class-wise LoRA keeps activations of
 
 
 def lora_of(backbone: nn.Module, config: RunConfig) -> dict:
@@ -57,7 +59,13 @@ class ImageTask:
 
 
 class ClassWise(nn.Module):
-    """Class-wise LoRA in a backbone: what :class:`ClassMaps` is for features. Every image meets every class's LoRA."""
+    """Class-wise LoRA in a backbone: what :class:`ClassMaps` is for features. Every image meets every class's LoRA.
+
+    So a batch costs C passes through the backbone: all that could be shared is what lies before the first LoRA, in the
+    first block. Where that is more than :data:`AT_ONCE` images, they go through a few classes at a time, and backward
+    computes each such part again, for a third pass beside forward and backward: memory grows with C by the features
+    alone.
+    """
 
     def __init__(self, backbone: nn.Module, dim: int, n_classes: int, lora: dict):
         super().__init__()
@@ -66,10 +74,16 @@ class ClassWise(nn.Module):
 
     def forward_all(self, images: Tensor) -> Tensor:
         """Features by each class's LoRA, (B, C, D)."""
-        ids = torch.arange(self.n_classes, device=images.device).repeat(len(images))
-        set_adapter_ids(self.backbone, ids)
-        every = self.backbone(images.repeat_interleave(self.n_classes, 0))
-        return every.unflatten(0, (len(images), self.n_classes))
+        classes = torch.arange(self.n_classes, device=images.device)
+        parts = classes.split(max(1, AT_ONCE // max(1, len(images))))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._by(part, images) for part in parts], 1)
+        return torch.cat([checkpoint(self._by, part, images, use_reentrant=False) for part in parts], 1)
+
+    def _by(self, classes: Tensor, images: Tensor) -> Tensor:
+        """Features by the LoRA of some classes; backward comes here too, so that ids are set here."""
+        set_adapter_ids(self.backbone, classes.repeat(len(images)))
+        return self.backbone(images.repeat_interleave(len(classes), 0)).unflatten(0, (len(images), len(classes)))
 
     def logits(self, images: Tensor) -> Tensor:
         """What the head gives each class for the features by its own LoRA, (B, C)."""

@@ -3,14 +3,17 @@
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.config import RunConfig, SettingError
 from rsfast.deblora.comparison.methods import parse_methods
+from rsfast.deblora.comparison.splits import checked_splits
 from rsfast.deblora.comparison.tasks import FeatureTask, Task
 from rsfast.deblora.data.features import LabelledFeatures, digits, load_features
 from rsfast.deblora.data.loading import load_labelled
@@ -21,15 +24,20 @@ FEATURES = "features"  # of images, in the folder of results
 DIGITS_IMBALANCE = 100.0
 
 
-def opened(config: RunConfig, *, progress: bool = False) -> tuple[RunConfig, Task]:
+def opened(config: RunConfig, *, progress: bool = False, early: bool = True) -> tuple[RunConfig, Task]:
     """What ``config`` names, and the settings that it stands for.
+
+    Args:
+        config: Settings.
+        progress: Show bars.
+        early: Refuse numbers of clusters that the images are too few for before features are extracted, not after.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: A file, folder, model or part is not there or does not fit, or a
             store is damaged.
     """
     if config.images is not None:
-        return config, _images(config, progress)
+        return config, _images(config, progress, early)
     if config.features is None:
         imbalance = DIGITS_IMBALANCE if config.imbalance is None else config.imbalance
         return dataclasses.replace(config, imbalance=imbalance), FeatureTask(digits(), config)
@@ -59,16 +67,23 @@ def _parts(splits: np.ndarray, labels: np.ndarray, test_share: float | None, sou
         if (splits == name).any():
             return splits == name, is_val & (name == "test")
     if test_share is None:
-        raise ValueError(
-            f"{source} names no test rows: its splits are {', '.join(sorted(set(splits.tolist()) - {''})) or 'none'}; "
-            "test_share draws some"
-        )
+        known = ", ".join(sorted(set(splits.tolist()) - {""})) or "none"
+        raise SettingError("test_share", f"{source} names no test rows: its splits are {known}; {{}} draws some")
     is_test = np.zeros(len(labels), bool)
     is_test[hold_out(labels, test_share)[1]] = True  # the same for every seed of training
     return is_test, np.zeros_like(is_test)
 
 
-def _images(config: RunConfig, progress: bool) -> Task:
+class _Rows(NamedTuple):
+    """Of images, what :class:`Labelled` asks for."""
+
+    labels: np.ndarray
+    is_test: np.ndarray
+    is_val: np.ndarray
+    classes: Sequence[str]
+
+
+def _images(config: RunConfig, progress: bool, early: bool) -> Task:
     from rsfast.deblora.comparison.images import IMAGES, ImageTask, lora_of  # with open_clip
     from rsfast.deblora.features.backbones import image_encoder
     from rsfast.deblora.features.extraction import extract_features
@@ -77,12 +92,17 @@ def _images(config: RunConfig, progress: bool) -> Task:
     methods = parse_methods(config.method)
     dataset = load_labelled(config.images, config.image_root, format=config.image_format)
     splits = [split or "" for split in dataset.splits or [""] * len(dataset)]
-    _parts(np.array(splits), dataset.labels, config.test_share, config.images)  # refuses before hours of extraction
+    parts = _parts(np.array(splits), dataset.labels, config.test_share, config.images)
+    if early:  # before hours of extraction
+        checked_splits(_Rows(dataset.labels, *parts, dataset.classes), config)
     model = backbone(config.model, config.pretrained)
     if config.pretrained is None:
         warnings.warn(f"pretrained is not given: {config.model} has random weights", stacklevel=4)
     encoder, transform = image_encoder(model)
     if any(method.step == "deblora" or method.trained in ("lora", "class-wise") for method in methods):
+        widest = max((min(p.shape) for p in encoder.parameters() if p.ndim == 2), default=config.rank)
+        if config.rank > widest:
+            raise SettingError("rank", f"{{}} must be at most {widest}, of the model's widest layer; got {config.rank}")
         add_lora(copy.deepcopy(encoder), **lora_of(encoder, config))  # refuses what can have none
     store = extract_features(
         model, dataset, Path(config.out) / FEATURES, workers=config.workers,
@@ -109,7 +129,9 @@ def backbone(model: str, pretrained: str | None) -> nn.Module:
 
     if model in ("satmae", "stable-diffusion"):
         if pretrained is None:
-            raise ValueError(f"pretrained must name the {'file' if model == 'satmae' else 'folder'} of {model}")
+            raise SettingError(
+                "pretrained", f"{{}} must name the {'file' if model == 'satmae' else 'folder'} of {model}"
+            )
         if model == "satmae":
             from rsfast.models import load_satmae
 
@@ -126,12 +148,14 @@ def backbone(model: str, pretrained: str | None) -> nn.Module:
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"pretrained: there is no weights file {file}; 'timm' takes timm's own")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # random weights are the same when a run goes on
+            torch.default_generator.manual_seed(0)  # random weights are the same when a run goes on
             made = timm.create_model(model, pretrained=pretrained == "timm", num_classes=0)
         if file is not None:
             _load_timm(made, model, file)
         return made
-    raise ValueError(f"model must be of open_clip or timm, 'satmae' or 'stable-diffusion'; neither knows {model!r}")
+    raise SettingError(
+        "model", f"{{}} must be of open_clip or timm, 'satmae' or 'stable-diffusion'; neither knows {model!r}"
+    )
 
 
 def _load_timm(made: nn.Module, name: str, file: str) -> None:
@@ -141,13 +165,15 @@ def _load_timm(made: nn.Module, name: str, file: str) -> None:
     try:
         keys = load_checkpoint(made, file, strict=False)
     except Exception as error:  # unreadable, or of other shapes: torch, pickle, struct and zipfile say what
-        raise ValueError(f"pretrained: {file} does not fit {name}: {type(error).__name__}: {error}") from error
+        raise SettingError(
+            "pretrained", f"{{}}: {file} does not fit {name}: {type(error).__name__}: {error}"
+        ) from error
     if keys is None:  # NumPy's files, which the model itself reads
         return
     heads = made.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     other = [*keys.missing_keys, *(key for key in keys.unexpected_keys if not key.startswith(heads))]
     if other:
-        raise ValueError(
-            f"pretrained: {file} does not fit {name}, which differs in {other[0]} and {len(other) - 1} more"
+        raise SettingError(
+            "pretrained", f"{{}}: {file} does not fit {name}, which differs in {other[0]} and {len(other) - 1} more"
         )

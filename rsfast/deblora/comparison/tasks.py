@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import nn
 
-from rsfast.deblora.comparison.config import RunConfig
+from rsfast.deblora.comparison.config import RunConfig, SettingError
+from rsfast.deblora.comparison.held import PartInputs, too_many
 from rsfast.deblora.data.features import LabelledFeatures
 from rsfast.deblora.learning.inputs import FeatureInputs
 from rsfast.deblora.learning.maps import ClassMaps, FullMap, LowRankMap
@@ -80,10 +81,12 @@ class FeatureTask:
 
     def _take(self, config: RunConfig) -> None:
         if config.rank > self.dim:
-            raise ValueError(f"rank must be at most {self.dim}, the width of the features; got {config.rank}")
+            raise SettingError("rank", f"{{}} must be at most {self.dim}, the width of the features; got {config.rank}")
         self.lora = dict(r=config.rank, alpha=config.lora_alpha)
 
     def inputs(self, rows: np.ndarray) -> FeatureInputs:
+        if too_many(self.frozen, len(rows)):
+            return PartInputs(self.frozen, rows)
         return FeatureInputs(np.asarray(self.frozen[rows], dtype=np.float32))  # maps are fp32
 
     def encoder(self, trained: str | None) -> nn.Module:

@@ -1,16 +1,21 @@
 """Images with a class each, whole or cut out of larger ones."""
 
 import dataclasses
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from rsfast.deblora.arrays import as_integers
 from rsfast.deblora.data.crops import cut
 from rsfast.harma.images import BrokenImageError, ImageStore, decoded
+
+TOGETHER = 2**28  # bytes of decoded images that are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,8 +42,9 @@ class LabelledImages:
     Raises:
         ValueError: A length, a class or a box does not fit.
 
-    The image that a crop was cut from last is kept decoded, by each process for itself, so that rows in the order of
-    their images decode each image once.
+    Images that crops were cut from last are kept decoded, up to 256 MiB of them and the last one always, by each
+    process for itself. So rows in the order of their images decode each image once, and so do rows in the order of
+    :meth:`shuffled`.
 
     Example:
         >>> import rsfast.deblora
@@ -61,7 +67,8 @@ class LabelledImages:
     margin: float = 0.0
     source: str = "the data"
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    _last: "_LastImage" = dataclasses.field(default_factory=lambda: _LastImage(), init=False, repr=False)
+    _decoded: "_Decoded" = dataclasses.field(default_factory=lambda: _Decoded(), init=False, repr=False)
+    _sizes: dict[str, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         count = len(self.images)
@@ -114,14 +121,54 @@ class LabelledImages:
             BrokenImageError: It is missing or does not decode, or the box has no pixel of it.
         """
         if self.boxes is None:
-            return self._decoded(self.images[index], index)
-        image = self._last.get(self.images[index], lambda image: self._decoded(image, index))
+            return self._open(index)
+        whole = self.images[index]
+        image = self._decoded.get(_key(whole), self._size(whole), lambda: self._open(index))
         try:
             return cut(image, self.boxes[index], crop=self.crop, margin=self.margin)
         except ValueError as error:
             raise BrokenImageError(self.name(index), str(error)) from error
 
-    def _decoded(self, image, index: int) -> Image.Image:
+    def shuffled(self) -> Tensor:
+        """Rows in an order drawn from torch's random state: any order, but for crops, which stay near each other.
+
+        Images are shuffled, and the crops of as many of them as may be kept decoded together are shuffled among each
+        other; then those of the images that follow. A process that loads rows in this order decodes each image once.
+        """
+        if not self.together:
+            return torch.randperm(len(self))
+        rows: dict[str | int, list[int]] = {}
+        for row, image in enumerate(self.images):
+            rows.setdefault(_key(image), []).append(row)
+        order, window, held = [], [], 0
+        own = list(rows.values())
+        for number in torch.randperm(len(own)).tolist():
+            size = self._size(self.images[own[number][0]])
+            if window and held + size > self.together:
+                order.append(_mixed(window))
+                window, held = [], 0
+            window, held = window + own[number], held + size
+        return torch.cat([*order, _mixed(window)])
+
+    @property
+    def together(self) -> int:
+        """Bytes of decoded images whose crops :meth:`shuffled` mixes; 0 for whole images, of which all are mixed."""
+        return 0 if self.boxes is None else TOGETHER
+
+    def _size(self, image) -> int:
+        """Bytes of an image when it is decoded; 0 of one that is broken, which is told of when it is loaded."""
+        if not isinstance(image, str):
+            return _bytes_of(image)
+        if image not in self._sizes:
+            try:
+                wide, high = self.store.size(image)
+            except BrokenImageError:
+                wide = high = 0
+            self._sizes[image] = 3 * wide * high
+        return self._sizes[image]
+
+    def _open(self, index: int) -> Image.Image:
+        image = self.images[index]
         return self.store.open(image) if isinstance(image, str) else decoded(image, self.name(index))
 
     def name(self, index: int) -> str:
@@ -159,19 +206,39 @@ class LabelledImages:
         return dataclasses.replace(self, **few, labels=self.labels[rows], boxes=boxes)
 
 
-class _LastImage:
-    """The image asked for last, decoded; starts empty in every process that it is sent to."""
+def _key(image) -> str | int:
+    return image if isinstance(image, str) else id(image)
+
+
+def _mixed(rows: list[int]) -> Tensor:
+    return torch.tensor(rows)[torch.randperm(len(rows))]
+
+
+class _Decoded:
+    """Decoded images up to :data:`TOGETHER` bytes, the last one always; empty in every process that it is sent to."""
 
     def __init__(self):
-        self._kept = None, None
+        self._kept: dict[str | int, Image.Image] = {}  # the one asked for last stands last
+        self._lock = threading.Lock()
 
-    def __getstate__(self):
-        return {"_kept": (None, None)}
+    def __reduce__(self):
+        return _Decoded, ()
 
-    def get(self, key, decode) -> Image.Image:
-        known, image = self._kept  # at once, or another thread might change one of them in between
-        if image is None or not (known is key or (isinstance(key, str) and known == key)):
-            self._kept = None, None  # or two images would be in memory while this one is decoded
-            image = decode(key)
-            self._kept = key, image
+    def get(self, key: str | int, size: int, decode: Callable[[], Image.Image]) -> Image.Image:
+        """The image of this key, of ``size`` bytes; room is made before it is decoded, not after."""
+        with self._lock:
+            image = self._kept.pop(key, None)
+            if image is None:
+                while self._kept and sum(map(_bytes_of, self._kept.values())) + size > TOGETHER:
+                    del self._kept[next(iter(self._kept))]
+            else:
+                self._kept[key] = image
+        if image is None:
+            image = decode()  # others may go on meanwhile
+            with self._lock:
+                self._kept[key] = image
         return image
+
+
+def _bytes_of(image: Image.Image) -> int:
+    return 3 * image.width * image.height

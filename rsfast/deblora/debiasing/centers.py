@@ -1,5 +1,6 @@
 """De-biased class centres: classes described by clusters that know nothing of classes."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,6 +10,10 @@ from torch import Tensor
 import rsfast
 from rsfast.deblora.arrays import BATCH_BYTES, Rows, as_integers, as_rows
 from rsfast.deblora.debiasing.composition import checked, counts_of
+
+
+class NoiseWarning(UserWarning):
+    """Clusters say nothing of a class, because they hold none of its rows."""
 
 
 def debiased_centers(
@@ -27,8 +32,8 @@ def debiased_centers(
     (assignment -1) is in neither, so that the weights of a class add up to 1.
 
     Args:
-        features: As in :func:`as_rows`, or None. Read only for classes of which all rows are noise: such a class gets
-            the mean of its rows.
+        features: As in :func:`as_rows`, or None. Read only for classes of which all rows are noise
+            (:func:`classes_of_noise`): such a class gets the mean of its rows, and a :class:`NoiseWarning` says so.
         labels: Classes, integers 0..C-1.
         assignments: Clusters 0..K-1, -1 for noise.
         centers: Cluster centres.
@@ -75,6 +80,10 @@ def debiased_centers(
     return given.back(mu)
 
 
+def _few(numbers: list[int], most: int = 10) -> str:
+    return ", ".join(map(str, numbers[:most])) + ", ..." * (len(numbers) > most)
+
+
 def _one_each(counts: Tensor, chosen: Mapping[int, int]) -> Tensor:
     """Weights (C, K) of one cluster for every class that is in any, and for those chosen for."""
     for name, values, limit in (("classes", chosen, len(counts)), ("clusters", chosen.values(), counts.shape[1])):
@@ -94,6 +103,12 @@ def _with_means_of_noise(rows: Rows, labels: Tensor, mu: Tensor) -> Tensor:
     alone = mu[:, 0].isnan()[labels].nonzero()[:, 0]
     if not len(alone):
         return mu
+    named = labels[alone].unique().tolist()
+    warnings.warn(
+        f"all rows of {len(named)} class(es), {_few(named)}, are noise: their centres are the means of these rows",
+        NoiseWarning,
+        stacklevel=3,
+    )
     sums, counts = torch.zeros_like(mu, dtype=torch.float64), torch.bincount(labels[alone], minlength=len(mu))
     for some in alone.split(max(1, BATCH_BYTES // rows.dim // rows.dtype.itemsize)):
         theirs = rows.take(some, mu.device)

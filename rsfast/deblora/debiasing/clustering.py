@@ -16,6 +16,7 @@ from rsfast.deblora.debiasing.streaming import Stream
 from rsfast.kmeans import size_bounds
 
 Method = Literal["auto", "kmeans", "minibatch", "dbscan", "hdbscan"]
+MIN_CLUSTER_SIZE = 15  # of HDBSCAN
 METHODS = ("auto", "kmeans", "minibatch", "dbscan", "hdbscan")
 
 
@@ -36,7 +37,7 @@ def cluster_features(
     n_components: int | None = None,
     eps: float | None = None,
     min_samples: int = 5,
-    min_cluster_size: int = 15,
+    min_cluster_size: int = MIN_CLUSTER_SIZE,
     max_cluster_size: int | None = None,
     memory_limit: int = 2**30,
     checkpoint: str | Path | None = None,
@@ -150,18 +151,13 @@ def _model(method: str, rows: Rows, n_clusters, rho, seed, max_iter, batch_size,
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
-    check_clusters(len(rows), n_clusters, rho)
+    if n_clusters > len(rows):
+        raise ValueError(f"n_clusters must be at most the number of rows, {len(rows)}, got {n_clusters}")
+    size_bounds(len(rows), n_clusters, rho=rho)
     if method == "kmeans":
         return rsfast.KMeans(n_clusters, rho=rho, random_state=seed, max_iter=max_iter or 300)
     options = dict(rho=rho, random_state=seed, max_iter=max_iter or 100, batch_size=batch_size)
     return rsfast.MiniBatchKMeans(n_clusters, **options)
-
-
-def check_clusters(rows: int, n_clusters: int, rho: float | None) -> None:
-    """Refuse k-means with more clusters than rows, or a ``rho`` that cannot be met."""
-    if n_clusters > rows:
-        raise ValueError(f"n_clusters must be at most the number of rows, {rows}, got {n_clusters}")
-    size_bounds(rows, n_clusters, rho=rho)
 
 
 def _by_density(rows: Rows, method, seed, standardize, n_components, eps, min_samples, **sizes) -> Clusters:
@@ -178,7 +174,7 @@ def _by_density(rows: Rows, method, seed, standardize, n_components, eps, min_sa
         found, settings = density.hdbscan(seen, **sizes), settings | sizes
     labels = torch.from_numpy(found).long()
     if labels.max() < 0:
-        raise NoClusterError(f"method={method!r} found no cluster, all {len(rows)} rows are noise, with {settings}")
+        raise NoClusterError(f"{method} found no cluster, all {len(rows)} rows are noise, with {settings}")
     sums, counts = rsfast.kmeans_update(x, labels, int(labels.max()) + 1)
     return _clusters(rows, (sums.double() / counts[:, None]).to(sums), labels, method, None, settings)
 

@@ -36,8 +36,13 @@ class Clusters:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        noise = len(self.assignments) - int(self.counts.sum())
-        return f"Clusters({self.method}, {len(self.centers)} clusters, {len(self.assignments)} rows, {noise} noise)"
+        found = f"{len(self.centers)} clusters, {len(self.assignments)} rows, {self.noise} noise"
+        return f"Clusters({self.method}, {found})"
+
+    @property
+    def noise(self) -> int:
+        """Rows in no cluster; which classes have no other rows, :func:`classes_of_noise` says."""
+        return len(self.assignments) - int(self.counts.sum())
 
     def save(self, path: str | Path) -> None:
         """Write an npz file, as a whole or not at all."""

@@ -39,6 +39,21 @@ def class_cluster_counts(
     return found if isinstance(assignments, Tensor) else found.numpy(force=True)
 
 
+def classes_of_noise(labels: Any, assignments: Any, n_classes: int | None = None) -> list[int]:
+    """Classes that have rows, all of them noise: no cluster says anything of these.
+
+    Arguments and errors are those of :func:`class_cluster_counts`.
+
+    Example:
+        >>> from rsfast.deblora import classes_of_noise
+        >>> classes_of_noise([0, 0, 1, 1, 3], [0, -1, -1, -1, -1])
+        [1, 3]
+    """
+    labels, assignments, n_classes, k = checked(labels, assignments, n_classes, None)
+    rows = torch.bincount(labels, minlength=n_classes)
+    return ((rows > 0) & (counts_of(labels, assignments, n_classes, k).sum(1) == 0)).nonzero()[:, 0].tolist()
+
+
 def checked(labels, assignments, n_classes, n_clusters) -> tuple[Tensor, Tensor, int, int]:
     """Labels and assignments as int64 on the assignments' device, C and K."""
     count = len(assignments) if hasattr(assignments, "__len__") else np.size(assignments)

@@ -47,6 +47,10 @@ class FeatureInputs:
         for indices in batches:
             yield self.batch(indices, device)
 
+    def order(self) -> Tensor:
+        """The order of an epoch of training, drawn from torch's random state: any."""
+        return torch.randperm(len(self))
+
     def check(self) -> None:
         """Refuse NaN and infinity, by the index of the row."""
         self.rows.check()
@@ -105,14 +109,23 @@ class ImageInputs:
         for batch in loader(images, workers=self.workers, pin_memory=pin, batch_sampler=ahead):
             yield batch.to(device, non_blocking=True)
 
+    def order(self) -> Tensor:
+        """The order of an epoch of training, drawn from torch's random state: what the dataset's ``shuffled`` gives, if
+        it has that (:meth:`LabelledImages.shuffled` keeps crops of one image near each other), else any."""
+        own = getattr(self.dataset, "shuffled", None)
+        return own() if callable(own) else torch.randperm(len(self))
+
     def check(self) -> None:
         """Nothing: images are looked at when they are decoded."""
 
     def digest(self) -> str:
-        """What tells these images from others: how many they are, and their names if they have any."""
+        """What tells these images from others: how many they are, their names if they have any, and what decides the
+        order of crops."""
         name = getattr(self.dataset, "name", None)
         names = [name(i) for i in range(len(self))] if callable(name) else []
-        return hashlib.blake2b(f"{len(self)} {names}".encode()).hexdigest()
+        together = getattr(self.dataset, "together", 0)
+        about = f"{len(self)} {names}" + f" {together}" * bool(together)
+        return hashlib.blake2b(about.encode()).hexdigest()
 
 
 class _Images(Dataset):

@@ -42,7 +42,8 @@ def learn_towards(
         squared: Minimise the mean of squared distances instead.
         seed: Of the order of rows and of what is drawn while training. The caller's random state stays as it was.
         device: Where the encoder is moved and trained; None: where it is.
-        precision: ``fp32``, or ``bf16`` by autocast; distances are in fp32.
+        precision: ``fp32``, or ``bf16`` by autocast; distances are in fp32 (fp64 of such targets). Inputs of another
+            dtype than the encoder's parameters are cast to it; 16-bit features come as fp32.
         progress: Show a bar.
         checkpoint: File written after each epoch, from which the same call continues, bit for bit on a CPU.
 
@@ -73,8 +74,6 @@ def learn_towards(
     goal.check()
     share = None if weights is None else _shares(weights, len(inputs))
     modules = nn.ModuleList([encoder])
-    device = run.device_of(modules)
-    share = share if share is None else share.to(device)
 
     def loss_of(x: Tensor, indices: Tensor) -> Tensor:
         aim = goal.batch(indices, x.device)
@@ -85,10 +84,10 @@ def learn_towards(
         difference = found.to(aim.dtype) - aim
         # the gradient of the norm at 0 is 0
         far = difference.square().sum(1) if squared else torch.linalg.vector_norm(difference, dim=1)
-        return far.mean() if share is None else (far * share[indices.to(far.device)].to(far.dtype)).mean()
+        return far.mean() if share is None else (far * share[indices].to(far)).mean()
 
     what = settings(run, inputs, modules, task="towards", squared=squared, data=goal, adjusted=[share])
-    return train(modules, inputs, loss_of, run, device, what)
+    return train(modules, inputs, loss_of, run, what)
 
 
 def learn_classes(
@@ -103,8 +102,9 @@ def learn_classes(
 
     Args:
         encoder: Module whose output for a batch of ``inputs`` is ``(B, D)``.
-        head: Features to logits ``(B, C)``, e.g. ``nn.Linear(D, C)``; trained too where it requires gradients. None:
-            ``encoder.logits(batch)`` gives them, as :class:`ClassMaps` does.
+        head: Features to logits ``(B, C)``, e.g. ``nn.Linear(D, C)``; trained too where it requires gradients; it gets
+            features in the dtype of its parameters. None: ``encoder.logits(batch)`` gives them, as :class:`ClassMaps`
+            does.
         labels: ``(N,)`` integers, 0 to C - 1.
         loss: ``ce``, ``reweight`` or ``logit-adjust``, see :func:`class_loss`.
         counts: Rows of each class, for the loss; None: those of ``labels``.
@@ -132,18 +132,16 @@ def learn_classes(
     inputs = as_inputs(inputs)
     inputs.check()
     modules = nn.ModuleList([encoder] if head is None else [encoder, head])
-    device = run.device_of(modules)
 
     def logits_of(x: Tensor) -> Tensor:
         with run.autocast(x.device):
-            return encoder.logits(x) if head is None else head(_features(encoder, x))
+            return encoder.logits(_as_in(encoder, x)) if head is None else head(_as_in(head, _features(encoder, x)))
 
     with evaluating(modules), torch.no_grad():
-        classes = logits_of(inputs.batch([0], run.current_device(modules))).shape[1]
+        classes = logits_of(inputs.batch([0], run.start(modules))).shape[1]
     labels = as_integers(labels, "labels", len(inputs), most=classes - 1).cpu()
     counts = torch.bincount(labels, minlength=classes) if counts is None else counts
-    measure = class_loss(loss, counts, tau=tau).to(device)
-    where = labels.to(device)
+    measure = class_loss(loss, counts, tau=tau)
     what = settings(
         run,
         inputs,
@@ -154,7 +152,11 @@ def learn_classes(
         data=labels,
         adjusted=[measure.weight, measure.adjustment],
     )
-    return train(modules, inputs, lambda x, rows: measure(logits_of(x), where[rows.to(device)]), run, device, what)
+
+    def loss_of(x: Tensor, indices: Tensor) -> Tensor:
+        return measure.to(x.device)(logits_of(x), labels[indices].to(x.device))
+
+    return train(modules, inputs, loss_of, run, what)
 
 
 @torch.no_grad()
@@ -169,7 +171,7 @@ def encode(
         inputs: As in :func:`learn_towards`.
         batch_size: Rows at a time.
         device: Where the encoder is moved; None: where it is.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16`` or ``fp16``; inputs are cast as in :func:`learn_towards`.
         progress: Show a bar.
 
     Returns:
@@ -218,8 +220,14 @@ def _shares(weights, count: int) -> Tensor:
     return (found / found.mean()).float()
 
 
+def _as_in(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` in the dtype of the module's parameters; as it is where one of them has its dtype, or none has any."""
+    kinds = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    return x if not kinds or x.dtype in kinds or not x.is_floating_point() else x.to(kinds[0])
+
+
 def _features(encoder: nn.Module, x: Tensor) -> Tensor:
-    found = encoder(x)
+    found = encoder(_as_in(encoder, x))
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(x):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"encoder must give features (B, D), one row for each of the {len(x)} inputs, got {got}")

@@ -13,9 +13,18 @@ from tqdm import tqdm
 
 from rsfast._files import load_state, replace
 from rsfast.harma.config import PRECISIONS
-from rsfast.harma.loading import mixed_seed
+from rsfast.harma.loading import mixed_seed, seed_generators
 
 KEYS = {"settings", "epoch", "weights", "optimizer", "losses"}  # what a checkpoint holds
+
+
+class DivergedError(ValueError):
+    """A loss that is not finite any more, ``loss`` in ``epoch``, counted from 1."""
+
+    def __init__(self, loss: float, epoch: int, kept: Path | None):
+        more = f" The checkpoint {kept} is of the epoch before." if kept is not None and epoch > 1 else ""
+        super().__init__(f"the loss is {loss} in epoch {epoch}; a lower lr may help.{more}")
+        self.loss, self.epoch = loss, epoch
 
 
 @dataclass(frozen=True)
@@ -57,25 +66,40 @@ class Run:
     def current_device(self, modules: nn.Module) -> torch.device:
         return next((p.device for p in modules.parameters()), torch.device("cpu"))
 
+    def start(self, modules: nn.Module) -> torch.device:
+        """Where a first batch can be tried: where the modules are; those of several places are moved for it."""
+        if len({p.device for p in modules.parameters()}) > 1:
+            modules.to(self.device_of(modules))
+        return self.current_device(modules)
+
     def autocast(self, device: torch.device):
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(device.type, PRECISIONS[self.precision])
 
 
-def train(
-    modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run, device: torch.device, what: dict
-) -> list[float]:
-    """Mean loss of each epoch; ``loss_of(batch, indices)`` is the mean over the rows of a batch."""
+def train(modules: nn.Module, inputs, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run, what: dict) -> list[float]:
+    """Mean loss of each epoch; ``loss_of(batch, indices)`` is the mean over a batch's rows, on the batch's device.
+
+    The first batch is on the device that the modules come on, the others on the one that they are trained on.
+    """
+    device = run.device_of(modules)
     learned = [p for p in modules.parameters() if p.requires_grad]
     if not learned:
         raise ValueError(
             "nothing of encoder requires a gradient; give it LoRA by rsfast.models.add_lora, or take a map"
         )
+    for name, p in modules.named_parameters():
+        if p.requires_grad and p.dtype == torch.float16:
+            part, _, name = name.partition(".")
+            raise ValueError(
+                f"{('encoder', 'head')[int(part)]}: what is trained must be fp32, bf16 or fp64, as gradients are not "
+                f"scaled; {name} is fp16"
+            )
     path = None if run.checkpoint is None else Path(run.checkpoint)
     state = _load(path, what) if path is not None and path.exists() else None
     with evaluating(modules), torch.no_grad():  # what does not fit shows before anything is changed
-        loss_of(inputs.batch([0], run.current_device(modules)), torch.tensor([0]))
+        loss_of(inputs.batch([0], run.start(modules)), torch.tensor([0]))
     modules.to(device)
     optimizer = torch.optim.AdamW(learned, lr=run.lr, weight_decay=run.weight_decay)
     losses: list[float] = []
@@ -87,8 +111,8 @@ def train(
     bar = tqdm(total=run.epochs * steps, initial=len(losses) * steps, unit="step", disable=not run.progress)
     with bar, _training(modules), torch.random.fork_rng(devices=forked):
         for epoch in range(len(losses), run.epochs):
-            _seed(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
-            order = torch.randperm(len(inputs)).split(run.batch_size)
+            seed_generators(mixed_seed(run.seed, epoch, 0), device)  # order and dropout do not know of resuming
+            order = inputs.order().split(run.batch_size)
             total = torch.zeros((), dtype=torch.float64, device=device)
             batches = inputs.batches(order, device, seed=mixed_seed(run.seed, epoch, 1))
             for step, (x, rows) in enumerate(zip(batches, order, strict=True)):
@@ -96,7 +120,7 @@ def train(
                     group["lr"] = cosine(epoch * steps + step, lr=run.lr, total=run.epochs * steps)
                 loss = loss_of(x, rows)
                 if device.type == "cpu" and not loss.isfinite():  # where it costs nothing to look
-                    raise ValueError(_diverged(loss.item(), epoch, path))
+                    raise DivergedError(loss.item(), epoch + 1, path)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -104,7 +128,7 @@ def train(
                 bar.update()
             losses.append(total.item() / len(inputs))
             if not math.isfinite(losses[-1]):
-                raise ValueError(_diverged(losses[-1], epoch, path))
+                raise DivergedError(losses[-1], epoch + 1, path)
             bar.set_postfix(loss=f"{losses[-1]:.4g}")
             if path is not None:
                 _save(path, {"settings": what, "epoch": epoch + 1, "losses": losses, "weights": _weights(modules),
@@ -165,19 +189,6 @@ def _restore(modules: nn.Module, optimizer: torch.optim.Optimizer, state: dict) 
     for name, tensor in _weights(modules).items():
         tensor.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """The generators that training draws from; torch.manual_seed would reseed the other GPUs too."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _diverged(loss: float, epoch: int, path: Path | None) -> str:
-    kept = f" The checkpoint {path} is of the epoch before." if path is not None and epoch else ""
-    return f"the loss is {loss} in epoch {epoch + 1}; a lower lr may help.{kept}"
 
 
 def _learns(module: nn.Module) -> bool:

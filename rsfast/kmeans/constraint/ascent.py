@@ -92,16 +92,33 @@ def settle(gaps: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor, labels
 def widths(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Tensor:
     """How many moves cost how many bits: (64,) int64."""
     counts = torch.zeros(64, dtype=torch.int64, device=gaps.device)
-    for slack in _slacks(gaps, subsidies, labels):
-        wide = slack.double().frexp().exponent.flatten()  # of more than 53 bits perhaps one too many, which is no harm
-        counts += torch.bincount(wide, minlength=64)
+    for _, slack in _slacks(gaps, subsidies, labels):
+        counts += torch.bincount(_width(slack).flatten(), minlength=64)
     counts[63] = 0  # to stay is no move
     return counts
 
 
 def near(gaps: Tensor, subsidies: Tensor, labels: Tensor, reach: int) -> Tensor:
     """Whether a point could move for at most ``reach``: (N,) bool."""
-    return torch.cat([(slack <= min(reach, FAR - 1)).any(0) for slack in _slacks(gaps, subsidies, labels)])
+    return torch.cat([(slack <= min(reach, FAR - 1)).any(0) for _, slack in _slacks(gaps, subsidies, labels)])
+
+
+def nearest(gaps: Tensor, subsidies: Tensor, labels: Tensor, moves: int) -> Tensor:
+    """Whether a point is among those that move most cheaply from its cluster to some other: (N,) bool.
+
+    Of every ordered pair at least ``moves``, or all. Fewer paths than that find in these rows what they would find in
+    all of them: each takes one point at most out of a cluster.
+    """
+    clusters, counts = len(gaps), torch.zeros(len(gaps) ** 2 * 64, dtype=torch.int64, device=gaps.device)
+    pairs = torch.arange(clusters, device=gaps.device)[:, None] + clusters * labels
+    for points, slack in _slacks(gaps, subsidies, labels):
+        counts += torch.bincount((64 * pairs[:, points] + _width(slack)).flatten(), minlength=len(counts))
+    counts = counts.view(clusters, clusters, 64)
+    counts[..., 63] = 0
+    width = (counts.cumsum(-1) < moves).sum(-1)
+    reach = torch.where(width < 62, (1 << width.clamp(max=61)) - 1, FAR - 1)
+    found = (slack <= reach[labels[points]].T for points, slack in _slacks(gaps, subsidies, labels))
+    return torch.cat([one.any(0) for one in found])
 
 
 def _margin(gaps: Tensor, subsidies: Tensor, choice: Choice) -> Tensor:
@@ -118,9 +135,14 @@ def _nth(values: Tensor, n: int) -> Tensor:
     return values.sort().values[n - 1] if values.is_cuda else values.kthvalue(n).values
 
 
-def _slacks(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Iterator[Tensor]:
-    """What each place costs more than a point's own, subsidies counted; FAR for its own."""
+def _width(slack: Tensor) -> Tensor:
+    """Bits of each number; of more than 53 perhaps one too many, which is no harm."""
+    return slack.double().frexp().exponent
+
+
+def _slacks(gaps: Tensor, subsidies: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Points, and what each place costs more than their own, subsidies counted; FAR for their own."""
     for points in chunks(*gaps.shape):
         scores, ours = gaps[:, points] - subsidies[:, None], labels[None, points]
         slack = scores - scores.gather(0, ours)
-        yield slack.scatter_(0, ours, FAR)
+        yield points, slack.scatter_(0, ours, FAR)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rsfast import _extension
 from rsfast._dispatch import Impl, use_fused
 from rsfast.kmeans.constraint import library
 from rsfast.kmeans.constraint.ascent import of_use
@@ -76,7 +77,7 @@ def constrained_assign(
     _check_costs(costs)
     lower, upper = size_bounds(*costs.shape, size_min=size_min, size_max=size_max)
     check_numbers(costs, "subsidies", subsidies, costs.shape[1])
-    way = _way(impl, costs)
+    fused = use_fused(impl, library.why_not(costs))
     labels = costs.argmin(1)
     counts, zeros = torch.bincount(labels, minlength=costs.shape[1]), costs.new_zeros(costs.shape[1]).double()
     if not len(costs):
@@ -90,6 +91,7 @@ def constrained_assign(
     lower, upper = lower.to(costs.device), upper.to(costs.device)
     gaps = as_gaps(costs, spread)
     units = of_use(gaps.to_units(zeros if subsidies is None else subsidies), lower, upper, len(costs))
+    way = _way(impl, fused, costs)
     units, labels = way.climb(gaps.units, units, lower, upper, ROUNDS)
     labels, units = finish(gaps.units, units, lower, upper, labels, way)
     return Constrained(labels, gaps.from_units(units), torch.bincount(labels, minlength=len(lower)))
@@ -141,7 +143,7 @@ def ascend(
     lower, upper = size_bounds(*costs.shape, size_min=lower, size_max=upper)
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be an int of at least 0, got {rounds!r}")
-    way = _way(impl, costs)
+    fused = use_fused(impl, library.why_not(costs))
     if not len(costs):
         return subsidies.double()
     spread = spread_of(costs)
@@ -149,12 +151,14 @@ def ascend(
     lower, upper = lower.to(costs.device), upper.to(costs.device)
     gaps = as_gaps(costs, spread)
     units = of_use(gaps.to_units(subsidies), lower, upper, len(costs))
-    return gaps.from_units(way.climb(gaps.units, units, lower, upper, rounds)[0])
+    return gaps.from_units(_way(impl, fused, costs).climb(gaps.units, units, lower, upper, rounds)[0])
 
 
-def _way(impl: Impl, costs: Tensor) -> Way:
-    fused = use_fused(impl, library.why_not(costs))
-    return PLAIN if impl == "reference" else library.way(fused)
+def _way(impl: Impl, fused: bool, costs: Tensor) -> Way:
+    """Asked for right before its use, as that may build the library; where that fails, ``auto`` has another way."""
+    if impl == "reference":
+        return PLAIN
+    return library.way(fused and (impl == "fused" or _extension.ready(costs.device)))
 
 
 def _check_costs(costs: Tensor) -> None:

@@ -31,6 +31,11 @@ def finish(
     """Optimal labels (N,) and the subsidies (K,) that prove it; ``labels`` are a choice under any subsidies."""
     bounds, moves, width, settled = (lower.cpu().numpy(), upper.cpu().numpy()), NEAR, -1, False
     while not _fit(labels, subsidies, lower, upper):
+        counts = torch.bincount(labels, minlength=len(gaps))
+        wrong = _wrong(counts, subsidies, lower, upper)
+        if not gaps.is_cuda and len(gaps) ** 2 * (wrong + 1) <= NEAR:  # a GPU has kernels for what follows below
+            rows = ascent.nearest(gaps, subsidies, labels, wrong + 1).nonzero()[:, 0]
+            return _moved(gaps, subsidies, bounds, counts, labels, rows, FAR, way)[1:]
         totals = way.widths(gaps, subsidies, labels).cpu().cumsum(0)
         if totals[0] > moves and not settled:
             labels, settled = ascent.settle(gaps, subsidies, lower, upper, labels), True
@@ -39,14 +44,26 @@ def finish(
         reach = FAR if totals[width] == totals[-1] else (1 << width) - 1
         rows = way.near(gaps, subsidies, labels, reach).nonzero()[:, 0]
         counts = torch.bincount(labels, minlength=len(gaps))
-        here = [t.contiguous().cpu().numpy() for t in (counts, subsidies, gaps[:, rows].T, labels[rows])]
-        done = way.shortest_paths(*bounds, *here, reach)
-        _, paid, _, ours = (torch.from_numpy(each).to(gaps) for each in here)
-        subsidies, labels = paid, labels.index_copy(0, rows, ours)
+        done, labels, subsidies = _moved(gaps, subsidies, bounds, counts, labels, rows, reach, way)
         if done:
             break
         moves *= GROWTH
     return labels, subsidies
+
+
+def _moved(gaps, subsidies, bounds, counts, labels, rows, reach, way) -> tuple[bool, Tensor, Tensor]:
+    """Whether every size fits when these rows have moved along shortest paths; labels and subsidies then."""
+    here = [t.contiguous().cpu().numpy() for t in (counts, subsidies, gaps[:, rows].T, labels[rows])]
+    done = way.shortest_paths(*bounds, *here, reach)
+    _, paid, _, ours = (torch.from_numpy(each).to(gaps) for each in here)
+    return done, labels.index_copy(0, rows, ours), paid
+
+
+def _wrong(counts: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor) -> int:
+    """How many paths there will be: each takes a point from where there are too many to where there are too few."""
+    least, most = ascent.sizes_wanted(subsidies, lower, upper)
+    change = (least - counts).clamp(min=0) - (counts - most).clamp(min=0)
+    return max(int(change.clamp(min=0).sum()), int(-change.clamp(max=0).sum()))
 
 
 def _fit(labels: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor) -> bool:

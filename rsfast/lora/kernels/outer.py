@@ -23,9 +23,9 @@ def _applied(x, r, in_rows, k, width, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, 
             x = x + tl.load(bias_ptr + k, mask=k < width, other=0.0).to(tl.float32)[None, :]
         return x
     elif FUNCTION == "quick_gelu":
-        return x / (1 + tl.exp2(-1.702 * LOG2E * x))
+        return x / (1 + tl.exp2(x * (-1.702 * LOG2E)))
     elif FUNCTION == "gelu_tanh":
-        return x / (1 + tl.exp2(-2 * LOG2E * 0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return x / (1 + tl.exp2((x + 0.044715 * x * x * x) * (-2 * LOG2E * 0.7978845608028654)))
     else:
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 

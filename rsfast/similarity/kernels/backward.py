@@ -90,7 +90,7 @@ def grad_kernel(
                 by_scale += tl.sum(out * x)
             if TRIPLET:
                 s = x * to_score
-                e = tl.exp2(-LOG2E * s)
+                e = tl.exp2(s * -LOG2E)
                 da = tl.load(da_ptr + rows, mask=in_rows, other=0.0)[:, None]
                 ca, ua = violation(s, da, e, margin, EXACT, GAMMA == 0)
                 fa = weighed_grad(ca, ua, GAMMA)

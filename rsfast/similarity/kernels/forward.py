@@ -111,7 +111,7 @@ def stats_kernel(
                     y = tl.where(inside(rows, columns, n_rows, n_columns, diagonal, DIAGONAL), y, 0.0)
                 aligned += tl.sum(y)
             if TRIPLET:
-                e = tl.exp2(-LOG2E * s)
+                e = tl.exp2(s * -LOG2E)
                 ca, ua = violation(s, da, e, margin, EXACT, GAMMA == 0)
                 cb, ub = violation(s, db, e, margin, EXACT, GAMMA == 0)
                 f = weighed(ca, ua, GAMMA) + weighed(cb, ub, GAMMA)

@@ -77,7 +77,7 @@ def violations_kernel(
         score /= tl.load(scales_ptr).to(tl.float64) * tl.load(scales_ptr + 1)
     c = score + (margin - tl.load(d_ptr + at % n, mask=mask, other=0.0).to(tl.float64))
     c = tl.where(c < 0, 0.0, c)  # NaN stays
-    u = 1 - tl.exp2(-LOG2E * c)  # in float64, else a small one would be lost
+    u = 1 - tl.exp2(c * -LOG2E)  # in float64, else a small one would be lost
     if GAMMA == 0:
         u = tl.where(c > 0, 1.0, 0.0).to(tl.float64)
     loss, slope = tl.where(c == c, weighed(c, u, GAMMA), c), weight * weighed_grad(c, u, GAMMA)

@@ -10,7 +10,7 @@ import triton.language as tl
 from rsfast._tiles import LOG2E, cast, dot
 
 TILES = tl.constexpr(16)  # most tiles along a side
-ROOM = tl.constexpr(512)  # most pieces of tiles
+ROOM = tl.constexpr(1024)  # most pieces of tiles: four of each
 NOTHING = tl.constexpr(-1e30)  # the score of what is no pair: its exponential and its violation are zero
 
 # partial results of the tiles, [tile of the other side, row or column] each
@@ -95,7 +95,7 @@ def _softplus2(x):
     q = w * w
     series = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))
     series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
-    return tl.maximum(x, 0.0) + 2 * LOG2E * w * series
+    return tl.maximum(x, 0.0) + w * (2 * LOG2E) * series
 
 
 @triton.jit

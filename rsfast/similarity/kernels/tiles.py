@@ -73,11 +73,11 @@ def violation(s, own, e, margin, EXACT: tl.constexpr, HINGE: tl.constexpr):
         c = s + (margin - own)
         return c, tl.where(c > 0, 1.0, 0.0)
     elif EXACT:
-        c = tl.maximum((s - own) + margin, 0.0)
+        c = tl.maximum((s - own) + margin, 0.0, propagate_nan=tl.PropagateNan.ALL)  # compiled, it would take 0 for NaN
         series = c * (1 - c / 2 * (1 - c / 3 * (1 - c / 4 * (1 - c / 5 * (1 - c / 6)))))
-        return c, tl.where(c < 0.25, series, 1 - tl.exp2(-LOG2E * c))
+        return c, tl.where(c < 0.25, series, 1 - tl.exp2(c * -LOG2E))
     else:
-        return s + (margin - own), _one_minus(e, tl.broadcast_to(tl.exp2(LOG2E * (own - margin)), s.shape))
+        return s + (margin - own), _one_minus(e, tl.broadcast_to(tl.exp2((own - margin) * LOG2E), s.shape))
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def weighed(c, u, GAMMA: tl.constexpr):
     elif GAMMA == 2:
         return u * u * c
     else:
-        return tl.where(u > 0, tl.exp2(GAMMA * tl.log2(u)) * c, 0.0)
+        return tl.where(u > 0, tl.exp2(GAMMA * tl.log2(u)), u) * c  # of NaN, u may be 0
 
 
 @triton.jit
@@ -97,10 +97,10 @@ def weighed_grad(c, u, GAMMA: tl.constexpr):
     if GAMMA == 0:
         return u
     elif GAMMA == 1:
-        return u + (1 - u) * tl.maximum(c, 0.0)
+        return u + (1 - u) * tl.maximum(c, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif GAMMA == 2:
         t = u * u
         return t + (u - t) * (c + c)
     else:
         power = tl.exp2((GAMMA - 1) * tl.log2(u))
-        return tl.where(u > 0, power * (u + GAMMA * c * (1 - u)), 0.0)
+        return tl.where(u > 0, power * (u + GAMMA * c * (1 - u)), u * c)

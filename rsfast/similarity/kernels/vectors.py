@@ -20,7 +20,7 @@ What cancels is in float64: at a row a time it costs nothing. ``scalars``, one b
 import triton
 import triton.language as tl
 
-from rsfast._tiles import LN2, cast
+from rsfast._tiles import LN2, LOG2E, cast
 from rsfast.similarity.kernels.forward import sigmoid
 
 SCALARS = 11
@@ -28,13 +28,14 @@ HIGHEST = tl.constexpr(122.6)  # base-2 logarithm that no sum of exponentials re
 SPAN = tl.constexpr(100.0)  # exponents down to minus this leave sums of them exact
 LOWEST = tl.constexpr(-126.0)  # exponentials below are flushed to zero
 SMALLEST = tl.constexpr(2.0**-100)  # share of a row that is the unit of G: less, and factors of it overflow
+LEAST = tl.constexpr(-110.0)  # exponent of the smallest unit, which FULL must not take below fp32's normal numbers
 SHARP = tl.constexpr(60.0)  # scores above may overflow exp(-S), which the triplet's two directions share
 
 
 @triton.jit
 def _unit(bound, FULL: tl.constexpr):
     """A power of two near the largest entry of G, so that stored in units of it G ends near FULL."""
-    return tl.where(bound > 0, tl.exp2(tl.ceil(tl.log2(bound))), 1.0) / FULL
+    return tl.where(bound > 0, tl.exp2(tl.maximum(tl.ceil(tl.log2(bound)), LEAST)), 1.0) / FULL
 
 
 @triton.jit
@@ -69,12 +70,12 @@ def scalars_kernel(
         bias = tl.load(bias_ptr).to(tl.float32)
     size = weight * tl.abs(scale)
     unit = _unit(size * steepest, FULL)
-    tl.store(scalars_ptr, scale / LN2 * to_score)
-    top = tl.abs(scale) * bound / LN2
+    tl.store(scalars_ptr, scale * LOG2E * to_score)
+    top = tl.abs(scale) * bound * LOG2E
     # the largest exponent at 0, where fp32 is finest, unless the smallest would be flushed to zero or a sum overflow
     tl.store(scalars_ptr + 1, tl.maximum(top + pairs - HIGHEST, tl.minimum(top, SPAN - top)))
     tl.store(scalars_ptr + 2, to_score)
-    tl.store(scalars_ptr + 3, bias / LN2)
+    tl.store(scalars_ptr + 3, bias * LOG2E)
     tl.store(scalars_ptr + 4, smooth_row)
     tl.store(scalars_ptr + 5, tl.where(weight > 0, weight * scale / unit, smooth_column))
     tl.store(scalars_ptr + 6, unit)
@@ -99,7 +100,7 @@ def _softplus(gap):
     """ln(1 + 2^gap), to the last bits of a small one."""
     p = tl.exp2(-tl.abs(gap))
     series = p * (1 - p * (0.5 - p * (1 / 3 - p * 0.25)))
-    return LN2 * tl.maximum(gap, 0.0) + tl.where(p < 0.001, series, tl.log2(1 + p) * LN2)
+    return tl.maximum(gap, 0.0) * LN2 + tl.where(p < 0.001, series, tl.log2(1 + p) * LN2)
 
 
 @triton.jit
@@ -306,7 +307,7 @@ def pairwise_kernel(
         for start in range(0, n, BLOCK):
             at = start + tl.arange(0, BLOCK)
             d = tl.load(d_ptr + at, mask=at < n, other=0.0)
-            f, slope = sigmoid(-(scale * d + bias) / LN2)
+            f, slope = sigmoid(-(scale * d + bias) * LOG2E)
             positives += tl.where(at < n, f, 0.0)
             own = tl.where(at < n, -weight * scale * slope, 0.0)
             by_scale += own * d
