@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 import pytest
 import torch
@@ -322,13 +323,14 @@ def test_the_kernels_of_the_facts_compute_what_they_should(device):
     assert counters.tolist() == [1] * 4
 
 
-def test_kernels_are_compiled_while_other_parts_run(monkeypatch, tmp_path):
+def test_kernels_are_compiled_while_other_parts_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     begun, Popen = [], gpu.subprocess.Popen
 
     def start(argv, **options):
         begun.append((argv, options["env"]))
-        process = Popen([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(60)"], **options)
+        script = "import time; print('{}\\nTraceback', flush=True); time.sleep(60)"
+        process = Popen([sys.executable, "-c", script], **options)
         begun.append(process)
         return process
 
@@ -338,7 +340,12 @@ def test_kernels_are_compiled_while_other_parts_run(monkeypatch, tmp_path):
         (argv, environment), process = begun
         assert argv[:2] == ["nice", "-n"] and argv[4:7] == ["-m", "tests.aot", "90"] and process.poll() is None
         assert environment["CUDA_VISIBLE_DEVICES"] == "" and "TRITON_INTERPRET" not in environment
+        for _ in range(300):
+            if "Traceback" in (tmp_path / gpu.COMPILED).read_text():
+                break
+            time.sleep(0.1)
     assert process.poll() is not None, "it does not outlive the run"
+    assert "1 launches compiled" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
