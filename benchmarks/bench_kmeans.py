@@ -56,6 +56,7 @@ def bench_kmeans_more(record, name, shape, dtype, impl):
     _run(record, name, shape, dtype, impl)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's time is for the GPU")
 def bench_kmeans_step_on_the_cpu(request):
     pytest.importorskip("sklearn")
     for name, row in kmeans_cpu.compare().items():

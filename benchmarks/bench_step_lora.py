@@ -21,10 +21,10 @@ BATCHES = (64, 128) if DEVICE == "cuda" else (2,)
 STEPS = {
     "auto": ("auto", False, False),
     "peft-bf16": ("peft-bf16", False, False),
-    "peft-bf16-compiled": ("peft-bf16", True, False),
     "auto-graph": ("auto", False, True),
     "peft-bf16-graph": ("peft-bf16", False, True),
     "peft": ("peft", False, False),
+    "peft-bf16-compiled": ("peft-bf16", True, False),  # which takes minutes
 }
 _, TOKENS, WIDTH, LAYERS, HEAD = TOWER
 JUDGED = ("0.q_proj", f"{LAYERS - 1}.fc2")  # whose gradients are looked at

@@ -1,17 +1,20 @@
 """The device clock, provenance, the time budget and the results file of every benchmark."""
 
+import gc
 import pathlib
+import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import capture, results
 from benchmarks.measure import DeviceClock, facts
 
 STARTED = time.monotonic()
 NO_GPU = "no GPU: every benchmark ran once at a small shape to see that it works; no kernel was timed, nothing written"
 SHOWN = pytest.StashKey[list[str]]()  # lines for the end of the terminal's report
+SUSPECT = set()  # names of rows that failed, or were skipped since something of another library did
 
 
 def pytest_addoption(parser):
@@ -19,6 +22,8 @@ def pytest_addoption(parser):
     group.addoption("--results", type=pathlib.Path, default=results.FOLDER, help="folder of the results files")
     group.addoption("--commit", help="what to write as the commit, for a copy of the tree without its git folder")
     group.addoption("--budget", type=float, help="seconds after which no further benchmark starts")
+    group.addoption("--until", type=float, help="the same as a point of the monotonic clock")
+    group.addoption("--after", help="begin with what comes after the benchmark of this name")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,7 +32,12 @@ def pytest_configure(config):
         config.option.benchmark_disable = True  # a wall time of small shapes on a CPU would say nothing
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    names, after = [item.nodeid for item in items], config.getoption("after")
+    if after in names:
+        until = names.index(after) + 1
+        config.hook.pytest_deselected(items=items[:until])
+        del items[:until]
     for item in items:
         if "benchmark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=DeviceClock()))
@@ -35,6 +45,19 @@ def pytest_collection_modifyitems(items):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info |= results.provenance(config.getoption("commit"))
+
+
+def pytest_runtest_logreport(report):
+    if not report.passed:
+        SUSPECT.add(report.nodeid)
+
+
+def pytest_runtest_logfinish(nodeid):
+    if nodeid in SUSPECT and torch.cuda.is_available():  # an illegal access fails all that comes after it
+        try:
+            capture.healthy()
+        except RuntimeError as error:
+            pytest.exit(f"{capture.LOST}: {str(error).splitlines()[0]}")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -52,14 +75,28 @@ def writer(request):
         return None
     writer = results.Writer(request.config.getoption("results"), results.provenance(request.config.getoption("commit")))
     writer.facts(facts())
+    gc.collect()
+    gc.freeze()  # every row collects garbage, and what was imported takes half a second of it each time
     return writer
 
 
 @pytest.fixture(autouse=True)
 def _within_budget(request):
-    budget = request.config.getoption("budget")
+    budget, until = request.config.getoption("budget"), request.config.getoption("until")
     if budget is not None and time.monotonic() - STARTED > budget:
         pytest.skip(f"the time budget of {budget:.0f} s is spent")
+    if until is not None and time.monotonic() > until:
+        pytest.skip("the time of this part is over")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten():
+    """What a file's rows share is let go with its last: the memory of the next ones is of everything."""
+    yield
+    for module in [m for name, m in sys.modules.items() if name.startswith("benchmarks.")]:
+        for kept in vars(module).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
 
 
 @pytest.fixture

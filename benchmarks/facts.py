@@ -43,7 +43,7 @@ TILES = (  # of the Triton product: rows, columns, inner, warps, stages
     (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 4),
     (128, 128, 32, 4, 5),
 )  # fmt: skip
-BARRIERS = 64
+BARRIERS, READ, DEVICE = 64, 2**30, "cuda"  # times; numbers
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def steady(run: Callable, times: int = 10) -> float:
 
 
 def bf16(*size: int) -> Tensor:
-    return torch.randn(size, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(size, dtype=torch.bfloat16, device=DEVICE)
 
 
 def products(shapes, with_triton: bool = False) -> dict[str, float]:
@@ -151,9 +151,9 @@ def products(shapes, with_triton: bool = False) -> dict[str, float]:
 
 def memory() -> dict[str, float]:
     """Reading alone; what LoRA's shrink reads of x; a reduction that writes as little, by PyTorch."""
-    x = torch.randint(-9, 9, (2**30,), dtype=torch.int32, device="cuda")
+    x = torch.randint(-9, 9, (READ,), dtype=torch.int32, device=DEVICE)
     programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
-    out = torch.empty(programs, dtype=torch.int32, device="cuda")
+    out = torch.empty(programs, dtype=torch.int32, device=DEVICE)
 
     def read():
         read_kernel[(programs,)](x, out, x.numel(), BLOCK=4096, num_warps=8)
@@ -162,8 +162,8 @@ def memory() -> dict[str, float]:
     assert out.sum().item() == x.sum().item(), "not everything was read"
     found = {"read_bytes_per_second": x.nbytes / measure.event_seconds(read)}
     found["torch_amax_bytes_per_second"] = x.nbytes / measure.event_seconds(functools.partial(torch.amax, x))
-    for m, k in ((65792, 1024), (50432, 768)):
-        x, low = bf16(m, k), torch.randn(16, k, device="cuda")
+    for m, k, _ in LAYERS[:2]:
+        x, low = bf16(m, k), torch.randn(16, k, device=DEVICE)
         seconds = steady(lambda x=x, low=low: rsfast.lora_shrink(x, low))
         found[f"lora_shrink_{m}x{k}x16_bytes_per_second"] = x.nbytes / seconds
         seconds = steady(functools.partial(torch.mm, x, low.bfloat16().mT))
@@ -175,21 +175,25 @@ def memory() -> dict[str, float]:
 
 def launches() -> dict[str, float]:
     """A launch within a graph, and a barrier of a whole grid within a launch."""
-    one, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    one, graph = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
     one.add_(1)
     with torch.cuda.graph(graph):
         for _ in range(200):
             one.add_(1)
     found = {"launch_in_a_graph_seconds": measure.event_seconds(graph.replay) / 200}
     programs = torch.cuda.get_device_properties(0).multi_processor_count
-    counters = torch.zeros(BARRIERS, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(BARRIERS, dtype=torch.int32, device=DEVICE)
 
     def wait(times):
         barriers_kernel[(programs,)](counters, TIMES=times, num_warps=4, launch_cooperative_grid=True)
 
+    def opened() -> tuple:
+        counters.zero_()
+        return ()
+
     wait(BARRIERS)
     assert (counters == programs).all(), "a barrier was passed early"
-    least, most = (measure.event_seconds(lambda t=t: wait(t), lambda: counters.zero_() and ()) for t in (8, BARRIERS))
+    least, most = (measure.event_seconds(lambda t=t: wait(t), opened) for t in (8, BARRIERS))
     return found | {"grid_barrier_seconds": (most - least) / (BARRIERS - 8)}
 
 
@@ -235,8 +239,9 @@ GROUPS: dict[str, Callable[[], dict]] = {  # what most depends on first, what co
     "memory": memory,
     "launches": launches,
     "attention": attention,
-    "Triton, layers": functools.partial(products, LAYERS, with_triton=True),
-    "Triton, others": functools.partial(products, LARGE + ADAPTER, with_triton=True),
+} | {  # each kept by itself: the first compiles for all, and time may end with any
+    f"Triton, {'x'.join(map(str, shape))}": functools.partial(products, (shape,), with_triton=True)
+    for shape in LAYERS + LARGE + ADAPTER
 }
 
 

@@ -12,7 +12,7 @@ import rsfast
 import rsfast.kmeans
 from benchmarks import kmeans_peers as peers
 from benchmarks import kmeans_truth as truth
-from benchmarks.arms import DEVICE, compiled
+from benchmarks.arms import DEVICE, compiled, slow_last
 from benchmarks.kmeans_peers import Found, Library
 from benchmarks.measure import Call, l2_bytes, sets_of_inputs
 from rsfast.kmeans import functional
@@ -263,13 +263,13 @@ def implementations(row: Row, shape: Shape, dtype: torch.dtype) -> list[str]:
 
 
 def grid(main: bool) -> list[tuple]:
-    """(row, shape, dtype, implementation): what has targets first, or all the rest."""
+    """(row, shape, dtype, implementation): what has targets, or all the rest; what takes long, or compiles, last."""
     rows = []
     for row in ROWS.values():
         for shape in _shapes(row)[: row.main] if main else _shapes(row)[row.main :]:
             for dtype in row.dtypes if DEVICE == "cuda" else (FP32,):
                 rows += [(row.name, shape, dtype, impl) for impl in implementations(row, shape, dtype)]
-    return rows
+    return slow_last(sorted(rows, key=lambda row: (row[3].endswith("-compiled"), row[3] in WAITING)))
 
 
 def _shapes(row: Row) -> tuple[Shape, ...]:

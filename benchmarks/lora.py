@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rsfast
 from benchmarks import lora_peers as peers
-from benchmarks.arms import DEVICE, TIMED, compiled
+from benchmarks.arms import DEVICE, TIMED, compiled, slow_last
 from benchmarks.measure import Call, sets_of_inputs
 from rsfast._dispatch import INTERPRET
 from rsfast.lora import reference
@@ -137,7 +137,7 @@ def grid(main: bool) -> list[tuple]:
                     # an implementation of one pass comes when the first is asked for
                     mine = both[1:] * (passes[0] == both[0]) if impl in FORWARD_ONLY else passes
                     rows += [(row.name, shape, impl, which) for which in mine]
-    return rows
+    return slow_last(rows)
 
 
 def _shapes(row: Row) -> tuple:

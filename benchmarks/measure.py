@@ -1,35 +1,41 @@
 """How one call is timed: device clock, cold cache, graphs, memory."""
 
+import ctypes
 import dataclasses
 import functools
 import gc
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from benchmarks import capture
+
 PASSES = ("forward+backward", "forward", "backward")
 ROUNDS, WARM_UPS = 50, 5
+LONGEST = 10.0  # seconds for the rounds of one row
 
 
 class DeviceClock:
-    """pytest-benchmark timer that advances by GPU time, divided by the calls in a round; wall time without a GPU."""
+    """pytest-benchmark timer that advances by a round's GPU time, divided by its calls; wall time without a GPU.
+
+    Called before a round and after it. Unless it ``waits``, a round is launched while the GPU still empties its cache,
+    so that no launch of a graph is counted.
+    """
 
     def __init__(self):
-        self.now, self.last, self.calls = 0.0, None, 1
+        self.now, self.start, self.calls, self.waits = 0.0, None, 1, True
 
     def __call__(self) -> float:
         if not torch.cuda.is_available():
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        if self.last is not None:
-            self.now += self.last.elapsed_time(event) / 1e3 / self.calls  # ms -> s
-        self.last = event
+        if self.start is None:
+            self.start = _event(self.waits)
+        else:
+            self.now += _since(self.start) / self.calls
+            self.start = None
         return self.now
 
 
@@ -60,12 +66,16 @@ def sets_of_inputs(bytes_of_one: int) -> int:
     return max(4, -(-2 * l2_bytes() // max(bytes_of_one, 1))) if torch.cuda.is_available() else 1
 
 
-def flush() -> Callable[[], None]:
+def flush(device: str = "cuda") -> Callable[[], None]:
     """What empties the L2 cache: writes four times its size."""
     if not torch.cuda.is_available():
         return lambda: None
-    junk = torch.empty(4 * l2_bytes(), dtype=torch.uint8, device="cuda")
-    return lambda: junk.zero_() and None
+    junk = torch.empty(4 * l2_bytes(), dtype=torch.uint8, device=device)
+
+    def run() -> None:
+        junk.zero_()
+
+    return run
 
 
 def event_seconds(run: Callable, setup: Callable = tuple, rounds: int = 20) -> float:
@@ -74,20 +84,36 @@ def event_seconds(run: Callable, setup: Callable = tuple, rounds: int = 20) -> f
     return statistics.median(took[3:])
 
 
-def _between_events(run: Callable, args: tuple) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+def _between_events(run: Callable, args: tuple, waits: bool = True) -> float:
+    start = _event(waits)
     run(*args)
-    stop.record()
+    return _since(start)
+
+
+def _event(waits: bool):
+    """A point in the GPU's time; all that comes before it is done, if it ``waits``."""
+    event = torch.cuda.Event(enable_timing=True)
+    if waits:
+        torch.cuda.synchronize()
+    event.record()
+    return event
+
+
+def _since(start) -> float:
+    """Seconds from then until all is done that was launched."""
+    stop = _event(False)
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3
 
 
-def memory(call: Call, which: str) -> dict[str, int]:
-    """Peak bytes above the inputs in a run of its own; with a backward also what forward saves for it."""
+def memory(call: Call, which: str) -> tuple[dict[str, int], float]:
+    """Peak bytes above the inputs in a run of its own, with a backward also what forward saves for it; its seconds."""
+    if which == "forward":
+        with torch.no_grad():
+            call.forward()  # without gradients it may be compiled once more, and what that takes is not its own
     gc.collect()
     torch.cuda.synchronize()
+    begun = time.perf_counter()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found = {}
@@ -100,28 +126,24 @@ def memory(call: Call, which: str) -> dict[str, int]:
         found["saved_memory"] = torch.cuda.memory_allocated() - before - sum(t.nbytes for t in outputs)
         call.backward(y)
     torch.cuda.synchronize()
-    return found | {"peak_memory": torch.cuda.max_memory_allocated() - before}
+    return found | {"peak_memory": torch.cuda.max_memory_allocated() - before}, time.perf_counter() - begun
+
+
+def affordable(seconds: float, rounds: int, warm_ups: int) -> tuple[int, int]:
+    """Rounds, two at least, and warm-ups of a call that takes so long: about LONGEST seconds in all."""
+    fit = int(LONGEST / max(seconds, 1e-9))
+    return max(min(rounds, fit), 2), min(warm_ups, fit // 4)
 
 
 def _captured(calls: Sequence[Call], which: str) -> tuple[Callable, Callable]:
     """(setup, run) that replay CUDA graphs of all calls; gradients are captured as torch's graphed callables are."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # a first call may compile, allocate or create handles, which no capture allows
-            for call in calls[:2]:
-                if which == "forward":
-                    with torch.no_grad():
-                        call.forward()
-                else:
-                    call.both()
-    torch.cuda.current_stream().wait_stream(side)
+    capture.warm([torch.no_grad()(call.forward) if which == "forward" else call.both for call in calls])
     forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    with torch.cuda.graph(forward, pool=pool), torch.set_grad_enabled(which != "forward"):
+    with capture.graph(forward, pool), torch.set_grad_enabled(which != "forward"):
         outputs = [call.forward() for call in calls]
     if which == "forward":
         return lambda: outputs and None, forward.replay
-    with torch.cuda.graph(backward, pool=pool):
+    with capture.graph(backward, pool):
         gradients = [call.backward(y) for call, y in zip(calls, outputs, strict=True)]
     if which == "backward":
         return lambda: gradients and forward.replay(), backward.replay
@@ -142,9 +164,8 @@ def _runner(calls: Sequence[Call], which: str, graph: bool) -> tuple[Callable, C
     if graph:
         try:
             return *_captured(calls, which), len(calls), "graph"
-        except RuntimeError as error:
-            if "captur" not in str(error):
-                raise
+        except capture.NotCapturable as error:
+            print(f"no graph: {error}")
     return *_eager(calls[0], which), 1, "events"
 
 
@@ -166,7 +187,7 @@ def measure(
         beside: Another implementation, run before each round in the same way: ``beside_seconds`` is its median.
         graph: False for calls so long that launches do not count, and so large that several do not fit.
         hot: Also ``hot_seconds``, of a graph of one input again and again.
-        rounds: Timed rounds.
+        rounds: Timed rounds, if they are :func:`affordable`.
         warm_ups: Rounds before them.
     """
     plain_setup, plain = _eager(calls[0], which)
@@ -174,18 +195,20 @@ def measure(
         benchmark.pedantic(lambda: plain(*plain_setup()))
         return {}
     cold = flush()
-    found = memory(calls[0], which)
+    found, one = memory(calls[0], which)
+    rounds, warm_ups = affordable(one, rounds, warm_ups)
+    if graph:  # before the capture: autograd would wait for the stream of nodes that it keeps
+        few, _ = affordable(4 * one, 20, 0)
+        found["wall_seconds"] = event_seconds(plain, lambda: _then(plain_setup, cold), few)
     setup, run, clock.calls, found["method"] = _runner(calls, which, graph)
-    if graph:
-        found["wall_seconds"] = event_seconds(plain, lambda: _then(plain_setup, cold))
-    took = []
+    clock.waits, took = found["method"] != "graph", []
     if beside:
         other_setup, other, others, method = _runner(beside, which, found["method"] == "graph")
         beside = beside if method == found["method"] else ()
 
     def cold_setup():
         if beside:
-            took.append(_between_events(other, _then(other_setup, cold)) / others)
+            took.append(_between_events(other, _then(other_setup, cold), clock.waits) / others)
         return _then(setup, cold), {}
 
     benchmark.pedantic(run, setup=cold_setup, rounds=rounds, warmup_rounds=warm_ups)
@@ -213,11 +236,20 @@ def _summary(benchmark) -> dict:
 
 def _sm_mhz() -> int | None:
     """Clock of the multiprocessors right after a measurement; None where it cannot be asked for."""
-    ask = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    device, mhz = ctypes.c_void_p(), ctypes.c_uint()
+    p = torch.cuda.get_device_properties(0)
+    place = f"{p.pci_domain_id:08X}:{p.pci_bus_id:02X}:{p.pci_device_id:02X}.0".encode()
     try:
-        return int(subprocess.run(ask, check=True, capture_output=True, text=True, timeout=20).stdout.split()[0])
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # nvidia-smi would take a good part of a second
+    except OSError:
         return None
+    sm = 1  # NVML_CLOCK_SM
+    refused = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByPciBusId_v2(place, ctypes.byref(device))
+        or nvml.nvmlDeviceGetClockInfo(device, sm, ctypes.byref(mhz))
+    )
+    return None if refused else mhz.value
 
 
 def measure_step(
@@ -265,17 +297,12 @@ def captured_step(step: Callable[[], object]) -> tuple[Callable[[], None], int |
     """
     if not torch.cuda.is_available():
         return step, None
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what the optimizer keeps is made in the first
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    capture.warm([step])  # what the optimizer keeps is made in the first
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture.graph(graph):
         step()
     return graph.replay, torch.cuda.max_memory_allocated()
 

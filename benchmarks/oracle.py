@@ -193,7 +193,7 @@ def sampled_contrastive(image, text, logit_scale, some: Tensor, kinds, rows: int
         for start, chunk in zip(range(0, n, rows), image.split(rows), strict=True):
             logits = torch.mm(chunk, text.mT, out_dtype=torch.float32) if exact else chunk.float() @ text.float().mT
             logits *= scale
-            own.append(logits[:, start : start + rows].diagonal())
+            own.append(logits[:, start : start + rows].diagonal().clone())  # a view would keep all of the logits
             of_rows.append(logits.logsumexp(1))
             of_columns = torch.logaddexp(of_columns, logits.logsumexp(0).double())
         of_rows, own = torch.cat(of_rows), torch.cat(own)

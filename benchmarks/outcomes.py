@@ -130,7 +130,7 @@ def losing(rows: list[dict]) -> list[str]:
     """A line for each call that what torch.compile makes of PyTorch's operations takes no more time and memory for."""
     lines = []
     for (op, shape, dtype, which), group in grouped([row for row in rows if row["pass"] in SHOWN]).items():
-        ours = group.get(OURS[next(iter(group.values()))["family"]])
+        ours = group.get(OURS.get(next(iter(group.values()))["family"], "auto"))
         compiled = [name for name in group if name.endswith(COMPILED) and not name.startswith("rsfast")]
         for name in compiled if ours else ():
             theirs = group[name]

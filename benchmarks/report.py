@@ -10,6 +10,7 @@ import argparse
 import json
 import pathlib
 import sys
+from fnmatch import fnmatchcase
 from html import escape
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,6 +45,17 @@ KMEANS_SAYS = (  # above its table
     "that a float64 argmin does not give; error: the largest of the others."
 )
 FLOORS = ("frozen", "merged")  # have no LoRA to train, so they are no competition
+RECIPES = (  # operation, shape, dtype and pass of what README shows where everything would be more than MOST lines
+    "gated_adapter* 256x* bfloat16 forward*",
+    "lora_linear_r16 50432x768x768 * forward+backward", "lora_linear_r16 65792x1024x1024 * forward+backward",
+    "batched_lora_linear_g8_random 256x197x768x768 * forward+backward", "lora_memory *",
+    "contrastive_loss 65536x512 *", "harma_loss_ids 32768x512 bfloat16 *", "harma_loss_ids 428x512 float32 *",
+    "sigmoid_loss *",
+    "kmeans_step 1000000x1280x32 float32 *", "kmeans_fit 7000x1280x32 float32 *",
+    "kmeans_constrained_rho1.25 1000000x1280x32 *",
+    "harma_vit_b_32 428 *", "lora_vit_l_14 128 *", "deblora_clustering 1000000x* *", "calibrate 1000000x* bfloat16 *",
+)  # fmt: skip
+MOST = 150
 SHOWN = ("forward", "forward+backward", "step")  # the backward alone is in the results file
 FAMILIES = ("adapter", "lora", "similarity", "kmeans", "step")
 WRONG = 0.1  # of a gradient's norm: more than roundings explain, so another function, whose speed says nothing
@@ -268,9 +280,34 @@ def plot(rows: list[dict], field: str, unit: str, factor: float, title: str) -> 
     return "\n".join([head, *lines, "</svg>"]) + "\n"
 
 
+def of_recipes(rows: list[dict]) -> list[dict]:
+    """Those that RECIPES names."""
+    names = [" ".join(row[field] for field in ("op", "shape", "dtype", "pass")) for row in rows]
+    return [row for row, name in zip(rows, names, strict=True) if any(fnmatchcase(name, one) for one in RECIPES)]
+
+
+def tables(rows: list[dict], copy_rate: float | None) -> list[str]:
+    """A table for each family, in the order of FAMILIES."""
+    parts = []
+    present = [f for f in FAMILIES if any(r["family"] == f for r in rows)]
+    for family in present + sorted({r["family"] for r in rows} - set(FAMILIES)):
+        mine = [row for row in rows if row["family"] == family]
+        if family == "similarity":
+            parts += [f"**{family}**: {LOSSES_SAY}\n", *loss_table(mine), ""]
+        elif family == "lora":
+            parts += [f"**{family}**: {LORA_SAYS}\n", *lora_table(mine), ""]
+        elif family == "kmeans":
+            parts += [f"**{family}**: {KMEANS_SAYS}\n", *kmeans_table(mine), ""]
+        elif family == "step":
+            parts += [f"**{family}**: {STEPS_SAY}\n", *step_table(mine), ""]
+        else:
+            parts += [f"**{family}**\n", *table(mine, copy_rate), ""]
+    return parts
+
+
 def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
-    """The text between README's markers, and the plots by file name."""
-    parts, plots = [], {}
+    """The text between README's markers; plots, and tables too long for it, by file name."""
+    parts, files = [], {}
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         checks = checked(found.get("checks", {}))
@@ -287,25 +324,19 @@ def build(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
             f"ours. From `benchmarks/results/{path.name}`, which has every pass and row.\n"
         )
         parts += [checks] if checks else []
-        present = [f for f in FAMILIES if any(r["family"] == f for r in found["rows"])]
-        for family in present + sorted({r["family"] for r in found["rows"]} - set(FAMILIES)):
-            rows = [row for row in found["rows"] if row["family"] == family]
-            if family == "similarity":
-                parts += [f"**{family}**: {LOSSES_SAY}\n", *loss_table(rows), ""]
-            elif family == "lora":
-                parts += [f"**{family}**: {LORA_SAYS}\n", *lora_table(rows), ""]
-            elif family == "kmeans":
-                parts += [f"**{family}**: {KMEANS_SAYS}\n", *kmeans_table(rows), ""]
-            elif family == "step":
-                parts += [f"**{family}**: {STEPS_SAY}\n", *step_table(rows), ""]
-            else:
-                parts += [f"**{family}**\n", *table(rows, copy_rate), ""]
+        rows, lines = found["rows"], tables(found["rows"], copy_rate)
+        if len(lines) > MOST:
+            name, rows = f"{path.stem}.md", of_recipes(rows)
+            files[name] = "\n".join([f"# {found['gpu']}, every row\n", *lines]).rstrip() + "\n"
+            parts.append(f"Shapes of the recipes; [every row](benchmarks/results/{name}).\n")
+            lines = tables(rows, copy_rate)
+        parts += lines
         for kind, field, unit, factor in (("speed", "seconds", "ms", 1e3), ("memory", "peak_memory", "MB", 1e-6)):
             name, title = f"{path.stem}-{kind}.svg", f"{kind}, forward and backward, {found['gpu']}: shorter is better"
-            plots[name] = plot(found["rows"], field, unit, factor, title)
+            files[name] = plot(rows, field, unit, factor, title)
             parts.append(f"![{title}](benchmarks/results/{name})")
         parts.append("")
-    return "\n".join(parts).rstrip() or NOTHING, plots
+    return "\n".join(parts).rstrip() or NOTHING, files
 
 
 def readme_with(text: str, readme: str) -> str:
@@ -325,10 +356,10 @@ def main(root: pathlib.Path = ROOT, argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is stale")
     check = parser.parse_args(argv).check
     folder = root / "benchmarks" / "results"
-    text, plots = build(folder)
+    text, files = build(folder)
     wanted = {root / "README.md": readme_with(text, (root / "README.md").read_text())}
-    wanted |= {folder / name: svg for name, svg in plots.items()}
-    extra = [path for path in folder.glob("*.svg") if path not in wanted]
+    wanted |= {folder / name: content for name, content in files.items()}
+    extra = [path for end in ("svg", "md") for path in folder.glob(f"*.{end}") if path not in wanted]
     stale = [p for p, content in wanted.items() if not p.exists() or p.read_text() != content] + extra
     if check:
         for path in stale:

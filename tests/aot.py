@@ -45,10 +45,7 @@ def record(cases, dtypes, target):
     launches = {}
 
     def run(self, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-        values = inspect.signature(self.fn).bind(*args, **kwargs).arguments
-        launch = tuple((p.name, *_kind(p, values[p.name])) for p in self.params)
-        launches.setdefault((self, launch, tuple(options.items())), None)
+        launches.setdefault(launch_of(self, args, kwargs), None)
 
     original, JITFunction.run = JITFunction.run, run
     NOW.append(target)
@@ -61,6 +58,14 @@ def record(cases, dtypes, target):
     finally:
         JITFunction.run = original
     return list(launches)
+
+
+def launch_of(kernel, args, kwargs):
+    """What :func:`compile` wants to know of a launch: kernel, arguments as ``_kind`` has them, options."""
+    options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
+    named = {k: value for k, value in kwargs.items() if k not in options}
+    values = inspect.signature(kernel.fn).bind(*args, **named).arguments
+    return kernel, tuple((p.name, *_kind(p, values[p.name])) for p in kernel.params), tuple(options.items())
 
 
 def _call(case, shape, dtype):
@@ -79,30 +84,38 @@ def _call(case, shape, dtype):
 
 
 def _kind(param, value):
-    """Type, constant and attribute of an argument, as Triton specialises it at a launch."""
+    """Type, constant and what is known to divide an argument, as Triton specialises it at a launch; 1 where nothing is.
+
+    As exactly as that, or a launch would not find what was compiled ahead.
+    """
     if param.is_constexpr or value is None:
         return "constexpr", value, None
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", None, None
     if isinstance(value, torch.Tensor):
-        return f"*{TYPES[value.dtype]}", None, 16
+        return f"*{TYPES[value.dtype]}", None, 1 if value.data_ptr() % 16 else 16
     if isinstance(value, int):
         if value == 1:
             return "constexpr", 1, None
-        return "i32" if abs(value) < 2**31 else "i64", None, 16 if value % 16 == 0 else None
+        return "i32" if -(2**31) <= value < 2**31 else "i64", None, 1 if value % 16 else 16
     return "fp32", None, None
+
+
+def source(launch):
+    """What Triton compiles of it."""
+    kernel, args, _ = launch
+    return ASTSource(
+        kernel,
+        {name: kind for name, kind, _, _ in args},
+        {name: value for name, kind, value, _ in args if kind == "constexpr"},
+        {(i,): [["tt.divisibility", 16]] * (by > 1) for i, (_, _, _, by) in enumerate(args) if by},
+    )
 
 
 def compile(launch, target):
     """Registers, stack (bytes of spills) and shared memory of one launch on one architecture."""
     kernel, args, options = launch
-    source = ASTSource(
-        kernel,
-        {name: kind for name, kind, _, _ in args},
-        {name: value for name, kind, value, _ in args if kind == "constexpr"},
-        {(i,): [["tt.divisibility", 16]] for i, (_, _, _, divisible) in enumerate(args) if divisible},
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(options))
+    built = triton.compile(source(launch), target=GPUTarget("cuda", target, 32), options=dict(options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         pathlib.Path(cubin.name).write_bytes(built.asm["cubin"])
         tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rsfast
-from benchmarks import floors, kmeans, kmeans_cpu, report, sanitize
+from benchmarks import arms, floors, kmeans, kmeans_cpu, lora, report, sanitize
 from benchmarks import kmeans_peers as peers
 from benchmarks import kmeans_truth as truth
 from benchmarks.kmeans_peers import Found
@@ -188,3 +188,16 @@ def test_the_step_on_the_cpu_is_timed_beside_scikit_learns(monkeypatch):
     monkeypatch.setattr(kmeans_cpu, "ours", lambda x, centers, exact=True: lambda: torch.zeros(len(x)).long())
     with pytest.raises(AssertionError, match="of the labels differ"):
         kmeans_cpu.compare((300, 8, 3), rounds=1)
+
+
+def test_what_autotunes_comes_last_whatever_is_timed(monkeypatch):
+    for module in (arms, kmeans, lora):
+        monkeypatch.setattr(module, "DEVICE", "cuda")
+    for rows in (arms.grid(), *(module.grid(main) for module in (kmeans, lora) for main in (True, False))):
+        tuned = [any(str(value).endswith("-tuned") for value in row) for row in rows]
+        assert tuned == sorted(tuned)
+    assert any(tuned) and any("-tuned" in row[3] for row in kmeans.grid(True)), "they are timed"
+    compiled = [row[3].endswith(("-compiled", "-tuned")) for row in kmeans.grid(True)]
+    assert compiled == sorted(compiled)
+    waiting = [row[3] in kmeans.WAITING for row in kmeans.grid(True) if not row[3].endswith(("-compiled", "-tuned"))]
+    assert waiting == sorted(waiting), "fits on the CPU take seconds"

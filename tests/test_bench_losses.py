@@ -299,7 +299,7 @@ def test_what_would_not_fit_is_not_begun(monkeypatch):
     monkeypatch.setattr(losses, "PROBE", N)
     small = losses.truth("harma_loss_ids", (N, D), FP32)
     for name, value in dict(
-        DEVICE="cuda", truth=lambda *_: small, memory=lambda *_: {"peak_memory": 60 * N**2}
+        DEVICE="cuda", truth=lambda *_: small, memory=lambda *_: ({"peak_memory": 60 * N**2}, 0.0)
     ).items():
         monkeypatch.setattr(losses, name, value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100e9, 141e9))
@@ -368,3 +368,15 @@ def test_inputs_have_a_cone_and_violate_the_margin():
     assert cosines.mean().item() == pytest.approx(0.2, abs=0.03)
     assert (0.2 + cosines > cosines.diagonal()).float().mean() > 0.6
     assert rsfast.adaptive_triplet_loss(image, text, impl="reference") > 0
+
+
+def test_the_sample_of_a_large_batch_keeps_no_scores(monkeypatch):
+    """At a million pairs a chunk of them is 4 GB, and there are a thousand chunks."""
+    tensors, cat = losses.inputs("contrastive_loss", (64, D), FP32), torch.cat
+
+    def alone(parts, *args):
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+        return cat(parts, *args)
+
+    monkeypatch.setattr(oracle.torch, "cat", alone)
+    assert len(oracle.sampled_contrastive(*tensors, torch.arange(3), (FP32,), rows=16)) == 1

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import capture, measure
 
 
 class Pretended:
@@ -39,6 +39,9 @@ class Pretended:
         self.log.append(f"new {graph.name}")
         return graph
 
+    def set_sync_debug_mode(self, mode):
+        self.log.append(f"waits: {mode}")
+
     @contextlib.contextmanager
     def graph(self, graph, pool):
         if self.refuse_capture:
@@ -55,7 +58,7 @@ class Pretended:
         return contextlib.nullcontext()
 
     def get_device_properties(self, index):
-        return types.SimpleNamespace(L2_cache_size=self.L2)
+        return types.SimpleNamespace(L2_cache_size=self.L2, pci_domain_id=0, pci_bus_id=0x9B, pci_device_id=0)
 
     def is_available(self):
         return True
@@ -94,6 +97,9 @@ class Benchmark:
 @pytest.fixture(autouse=True)
 def _clock_rate(monkeypatch):
     monkeypatch.setattr(measure, "_sm_mhz", lambda: 1980)
+    monkeypatch.setattr(measure, "LONGEST", 1e9)  # a busy CPU takes what a GPU would not
+    monkeypatch.setattr(capture, "_clear_up", lambda stream, pool: None)
+    monkeypatch.setattr(capture, "healthy", lambda: None)
 
 
 @pytest.fixture
@@ -105,8 +111,8 @@ def calls():
     return [a_call(i) for i in range(5)]
 
 
-def timed(monkeypatch, calls, which, options=None, **world):
-    world = Pretended(**world)
+def timed(monkeypatch, calls, which, options=None, world=None, **made):
+    world = world or Pretended(**made)
     monkeypatch.setattr(measure.torch, "cuda", world)
     monkeypatch.setattr(measure, "flush", lambda: lambda: world.log.append("flush"))
     clock = measure.DeviceClock()
@@ -138,11 +144,46 @@ def test_each_round_starts_cold_and_runs_what_it_should(monkeypatch, calls, whic
     assert log[-2 * len(rounds) :] == 2 * rounds
 
 
+def test_the_cache_is_flushed_before_a_round(monkeypatch):
+    monkeypatch.setattr(measure.torch, "cuda", Pretended())
+    written = []
+    monkeypatch.setattr(measure.torch.Tensor, "zero_", lambda junk: written.append(junk.nbytes) or junk)
+    assert measure.flush("cpu")() is None and written == [4 * Pretended.L2]
+
+
 def test_without_a_graph_events_are_used_and_said(monkeypatch, calls):
     for which in measure.PASSES:
         found, log, _ = timed(monkeypatch, calls, which, refuse_capture=True)
         assert found["method"] == "events" and found["seconds"] == pytest.approx(1e-3)
         assert "flush" in log and not any(entry.startswith("replay") for entry in log)
+
+
+def test_what_waits_for_the_device_is_never_captured(monkeypatch, calls):
+    world = Pretended()
+    plain = calls[0].function
+
+    def waits():
+        if world.log[-1:] == ["waits: error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return plain()
+
+    calls[0].function = waits
+    found, log, _ = timed(monkeypatch, calls, "forward", world=world)
+    assert found["method"] == "events" and log.count("waits: default") == 1 and not any("graph" in e for e in log)
+
+
+def test_every_input_has_run_before_it_is_captured(monkeypatch, calls):
+    world, ran = Pretended(), set()
+    for i, call in enumerate(calls):
+        call.function = lambda i=i, plain=call.function: (ran.add(i), plain())[1]
+
+    @contextlib.contextmanager
+    def graph(graph, pool):
+        assert ran == set(range(len(calls)))  # a first call may compile
+        yield
+
+    world.graph = graph
+    timed(monkeypatch, calls, "forward", world=world)
 
 
 def test_an_error_of_the_operation_is_not_taken_for_a_failed_capture(monkeypatch, calls):
@@ -188,11 +229,12 @@ def test_a_step_is_timed_in_turn_with_another_made_after_its_memory_is_known(mon
 def test_a_captured_step_says_what_it_held_and_is_replayed(monkeypatch):
     world, log = Pretended(), []
     monkeypatch.setattr(measure.torch, "cuda", world)
-    monkeypatch.setattr(world, "graph", lambda graph: contextlib.nullcontext(log.append("capture")), raising=False)
+    held = lambda graph, pool: contextlib.nullcontext(log.append("capture"))  # noqa: E731
+    monkeypatch.setattr(world, "graph", held, raising=False)
     replay, peak = measure.captured_step(lambda: log.append("step"))
-    assert log == ["step"] * 3 + ["capture", "step"] and peak == 700
+    assert log == ["step"] * 4 + ["capture", "step"] and peak == 700
     replay()
-    assert world.log == ["new graph 0", "replay graph 0"] and len(log) == 5
+    assert world.log[-2:] == ["new graph 0", "replay graph 0"] and len(log) == 6
 
 
 def pairs(calls):
@@ -226,12 +268,12 @@ def test_ours_runs_before_every_round_of_another(monkeypatch, calls, which, grap
 def test_ours_is_not_compared_by_another_method(monkeypatch, calls):
     captures = iter((True, False))
 
-    def capture(calls, which):
+    def captured(calls, which):
         if next(captures):
             return list, lambda: None
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise capture.NotCapturable("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(measure, "_captured", capture)
+    monkeypatch.setattr(measure, "_captured", captured)
     found, _, _ = timed(monkeypatch, calls, "forward", dict(beside=calls))
     assert found["method"] == "graph" and "beside_seconds" not in found
 
@@ -245,10 +287,67 @@ def test_a_hot_cache_is_one_input_again_and_again(monkeypatch, calls):
     assert log[-2:] == ["replay graph 2", "replay graph 3"], "nothing is flushed between"
 
 
-def test_the_clock_is_unknown_where_nothing_tells_it(monkeypatch):
+def test_the_clock_is_that_of_the_gpu_in_use_and_unknown_where_nothing_tells_it(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(measure.torch, "cuda", Pretended())
+
+    def handle(place, device):
+        assert place == b"00000000:9B:00.0"
+        return 0
+
+    def clock(device, which, mhz):
+        assert which == 1
+        mhz._obj.value = 1755
+        return answers.pop()
+
+    nvml = types.SimpleNamespace(
+        nvmlInit_v2=lambda: 0, nvmlDeviceGetHandleByPciBusId_v2=handle, nvmlDeviceGetClockInfo=clock
+    )
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: nvml)
+    answers = [3, 0]
+    assert measure._sm_mhz() == 1755
+    assert measure._sm_mhz() is None, "it was refused"
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(measure.ctypes, "CDLL", missing)
     assert measure._sm_mhz() is None
+
+
+def test_long_calls_have_few_rounds(monkeypatch, calls):
+    monkeypatch.setattr(measure, "LONGEST", 10.0)
+    assert measure.affordable(1e-5, 50, 5) == (50, 5) and measure.affordable(0.3, 50, 5) == (33, 5)
+    assert measure.affordable(1.0, 50, 5) == (10, 2) and measure.affordable(7.5, 3, 1) == (2, 0)
+    monkeypatch.setattr(measure, "affordable", lambda seconds, rounds, warm_ups: (2, 0) if seconds > 0 else None)
+    found, _, _ = timed(monkeypatch, calls, "backward", dict(beside=calls))
+    assert found["rounds"] == 2 and found["beside_seconds"] == pytest.approx(1e-3 / len(calls))
+
+
+def test_memory_is_not_that_of_compiling(monkeypatch, calls):
+    world, log = Pretended(), []
+    monkeypatch.setattr(measure.torch, "cuda", world)
+    monkeypatch.setattr(world, "memory_allocated", lambda: log.append("before") or 0, raising=False)
+    calls[0].function = lambda: log.append("run")
+    measure.memory(calls[0], "forward")
+    assert log == ["run", "before", "run"], "compiled for a forward without gradients before it is watched"
+
+
+@pytest.mark.parametrize("refuse_capture", (False, True))
+def test_a_graph_is_launched_while_the_cache_is_emptied(monkeypatch, calls, refuse_capture):
+    """Else a GPU that has nothing to do waits for the launch, and the time of it is counted."""
+    world = Pretended(refuse_capture)
+    monkeypatch.setattr(world, "synchronize", lambda: world.log.append("wait"), raising=False)
+    _, log, _ = timed(monkeypatch, calls, "forward", dict(beside=pairs(calls)), world=world)
+    if refuse_capture:
+        assert log[-4:] == ["flush", "wait", "flush", "wait"]
+    else:
+        assert log[-4:] == ["flush", "replay graph 2", "flush", "replay graph 0"]
+
+
+def test_what_an_eager_caller_waits_for_is_measured_before_anything_is_captured(monkeypatch, calls):
+    _, log, _ = timed(monkeypatch, calls, "backward")
+    assert "flush" in log[: log.index("new graph 0")]
 
 
 def test_four_products_are_counted_in_chunks(monkeypatch):
