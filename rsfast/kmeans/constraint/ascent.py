@@ -110,9 +110,10 @@ def nearest(gaps: Tensor, subsidies: Tensor, labels: Tensor, moves: int) -> Tens
     all of them: each takes one point at most out of a cluster.
     """
     clusters, counts = len(gaps), torch.zeros(len(gaps) ** 2 * 64, dtype=torch.int64, device=gaps.device)
-    pairs = torch.arange(clusters, device=gaps.device)[:, None] + clusters * labels
+    others = torch.arange(clusters, device=gaps.device)[:, None]
     for points, slack in _slacks(gaps, subsidies, labels):
-        counts += torch.bincount((64 * pairs[:, points] + _width(slack)).flatten(), minlength=len(counts))
+        pairs = others + clusters * labels[points]
+        counts += torch.bincount(pairs.mul_(64).add_(_width(slack)).flatten(), minlength=len(counts))
     counts = counts.view(clusters, clusters, 64)
     counts[..., 63] = 0
     width = (counts.cumsum(-1) < moves).sum(-1)
