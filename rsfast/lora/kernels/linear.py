@@ -57,7 +57,7 @@ def linear_kernel(
         n = column + tl.arange(0, BLOCK_N)
         if INSIDE:
             s = cast(low * scale, low_ptr.dtype.element_ty)
-            kept = (r[:, None] < rows) & (j[None, :] < rank) & (pn == 0)
+            kept = (r[:, None] < rows) & (j[None, :] < tl.where(pn == 0, rank, 0))
             tl.store(low_ptr + r[:, None].to(tl.int64) * stride_low + j[None, :], s, mask=kept)
             up = tl.load(
                 up_ptr + n[:, None].to(tl.int64) * stride_un + j[None, :] * stride_ur,

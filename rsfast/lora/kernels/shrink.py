@@ -31,13 +31,14 @@ def shrink_kernel(
     a_ptr += tl.maximum(adapter, 0).to(tl.int64) * stride_ag if SEVERAL else 0
     if SEVERAL:  # rows of no adapter have s = 0
         scale = tl.where(adapter < 0, 0.0, tl.load(scales_ptr + tl.maximum(adapter, 0)).to(tl.float32) * scale)
+    kept = tl.where(first == 0, width, 0)  # the first programs store what all of them have
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in tl.range(0, width, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         inside = in_rows[:, None] & (columns[None, :] < width)
         x = tl.load(x_ptr + at * stride_x + columns[None, :], mask=inside, other=0.0)
         if COPY:
-            tl.store(copy_ptr + at * stride_s + columns[None, :], x, mask=inside & (first == 0))
+            tl.store(copy_ptr + at * stride_s + columns[None, :], x, mask=inside & (columns[None, :] < kept))
         a = tl.load(
             a_ptr + j[:, None] * stride_ar + columns[None, :].to(tl.int64) * stride_ak,
             mask=(j[:, None] < ranks) & (columns[None, :] < width), other=0.0,
@@ -46,7 +47,7 @@ def shrink_kernel(
             bits = draw_kept(tl.load(seed_ptr), r, k, dropped, BLOCK_K, ROUNDS)
             pitch = (width + 7) // 8
             groups = k // 8 + tl.arange(0, BLOCK_K // 8)
-            stored = in_rows[:, None] & (groups[None, :] < pitch) & (first == 0)
+            stored = in_rows[:, None] & (groups[None, :] < tl.minimum(pitch, kept))
             tl.store(bits_ptr + at * pitch + groups[None, :], bits, mask=stored)
             x = tl.where(spread(bits, BLOCK_M, BLOCK_K), x, 0.0)
         acc = dot(x, a.T, acc)

@@ -100,7 +100,8 @@ def hardest_grad_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     slope, hardest = tl.load(slope_ptr + i), tl.load(hardest_ptr + i).to(tl.int64)
     y = tl.load(y_ptr + i * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-    y_hardest = tl.load(y_ptr + hardest * D + cols, mask=(cols < D) & (hardest < N), other=0.0).to(tl.float32)
+    last = tl.where(hardest < N, D, 0)  # not "& (hardest < N)": the interpreter of Triton 3.9 takes no scalar there
+    y_hardest = tl.load(y_ptr + hardest * D + cols, mask=cols < last, other=0.0).to(tl.float32)
     acc = slope * (y_hardest - y) - tl.load(other_slope_ptr + i) * y
     end = tl.load(starts_ptr + i + 1)
     for start in tl.range(tl.load(starts_ptr + i), end, BLOCK_S):
