@@ -70,7 +70,7 @@ def scalars_kernel(
         bias = tl.load(bias_ptr).to(tl.float32)
     size = weight * tl.abs(scale)
     unit = _unit(size * steepest, FULL)
-    tl.store(scalars_ptr, scale * LOG2E * to_score)
+    tl.store(scalars_ptr, to_score * (scale * LOG2E))
     top = tl.abs(scale) * bound * LOG2E
     # the largest exponent at 0, where fp32 is finest, unless the smallest would be flushed to zero or a sum overflow
     tl.store(scalars_ptr + 1, tl.maximum(top + pairs - HIGHEST, tl.minimum(top, SPAN - top)))
