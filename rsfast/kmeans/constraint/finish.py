@@ -31,9 +31,7 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """Optimal labels (N,) and the subsidies (K,) that prove it; ``labels`` are a choice under any subsidies."""
     bounds, moves, width, settled = (lower.cpu().numpy(), upper.cpu().numpy()), NEAR, -1, False
-    while not _fit(labels, subsidies, lower, upper):
-        counts = torch.bincount(labels, minlength=len(gaps))
-        wrong = _wrong(counts, subsidies, lower, upper)
+    while wrong := _wrong(counts := torch.bincount(labels, minlength=len(gaps)), subsidies, lower, upper):
         if moves > NEAR and _few(len(gaps), wrong):
             rows = ascent.nearest(gaps, subsidies, labels, wrong + 1).nonzero()[:, 0]
             return _moved(gaps, subsidies, bounds, counts, labels, rows, FAR, way)[1:]
@@ -65,14 +63,10 @@ def _moved(gaps, subsidies, bounds, counts, labels, rows, reach, way) -> tuple[b
 
 
 def _wrong(counts: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor) -> int:
-    """How many paths there will be: each takes a point from where there are too many to where there are too few."""
-    least, most = ascent.sizes_wanted(subsidies, lower, upper)
-    change = (least - counts).clamp(min=0) - (counts - most).clamp(min=0)
-    return max(int(change.clamp(min=0).sum()), int(-change.clamp(max=0).sum()))
+    """How many paths there will be, each from where there are too many points to where there are too few.
 
-
-def _fit(labels: Tensor, subsidies: Tensor, lower: Tensor, upper: Tensor) -> bool:
-    """Whether every size is one that its cluster's subsidy allows."""
-    counts = torch.bincount(labels, minlength=len(lower))
+    0 where every size is one that its cluster's subsidy allows.
+    """
     least, most = ascent.sizes_wanted(subsidies, lower, upper)
-    return bool(((least <= counts) & (counts <= most)).all())
+    few, many = (least - counts).clamp(min=0).sum(), (counts - most).clamp(min=0).sum()
+    return int(torch.maximum(few, many))
